@@ -1,0 +1,64 @@
+# crop2seg: `make map` for a crop map, `make test` for every check; `make` lists the rest.
+# Variables: PYTHON (interpreter), VENV (where the environment lies), TORCH_INDEX (another index for torch).
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= data/runs/map
+
+READY := $(VENV)/.ready
+DEV   := $(VENV)/.ready-dev
+BIN   := $(VENV)/bin
+
+.PHONY: help setup map app test lab docs bench
+help:
+	@echo "make map     a crop map of the sample; or SOURCE=path/to/catalog.json MODEL=path/to/run [OUT=folder] [ARGS=...]"
+	@echo "make app     the map explorer in the browser; BUNDLE=folder opens a map made before"
+	@echo "make test    every check that CI runs; the last line counts them"
+	@echo "make lab     the notebooks in JupyterLab"
+	@echo "make docs    the site, in _docs"
+	@echo "make bench   speed of the main steps on this machine"
+	@echo "make setup   only the environment, in $(VENV); without a GPU, a lighter torch for Linux:"
+	@echo "             make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+
+setup: $(READY)
+
+map: $(READY)
+ifeq ($(and $(SOURCE),$(MODEL))$(wildcard data/sample/catalog.json),)
+	@echo "No sample comes with this version; name the scenes and a trained model: make map SOURCE=path/to/catalog.json MODEL=path/to/run"
+	@exit 1
+else
+	@$(BIN)/crop2seg map $(if $(SOURCE),--source "$(SOURCE)") $(if $(MODEL),--model "$(MODEL)") --out "$(OUT)" $(ARGS)
+	@echo "The bundle lies in $(abspath $(OUT))"
+endif
+
+app: $(READY)
+	@$(BIN)/crop2seg app $(if $(BUNDLE),"$(BUNDLE)") $(ARGS)
+
+test: $(DEV)
+	@$(BIN)/python tools/test.py
+
+lab: $(DEV)
+	@$(BIN)/jupyter lab nbs
+
+docs: $(DEV)
+	@if command -v quarto > /dev/null; then PATH=$(abspath $(BIN)):$$PATH nbdev_docs && $(BIN)/python tools/readme.py; else $(BIN)/python tools/docs.py; fi
+
+bench: $(READY)
+	@$(BIN)/python tools/bench.py $(ARGS)
+
+# The environment: made once, and again only when settings.ini or setup.py changes.
+define install
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"crop2seg needs Python 3.11 or newer and $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): a few minutes and about 3 GB the first time"
+	@$(if $(TORCH_INDEX),$(BIN)/pip install $(TORCH) --index-url $(TORCH_INDEX))
+	@$(BIN)/pip install -e "$(1)"
+endef
+TORCH = $(filter torch%,$(shell sed -n 's/^requirements *=//p' settings.ini))
+
+$(READY): settings.ini setup.py
+	$(call install,.)
+	@touch $@
+
+$(DEV): settings.ini setup.py
+	$(call install,.[dev])
+	@touch $(READY) $@
