@@ -20,6 +20,7 @@ help:
 	@echo "             make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu"
 
 setup: $(READY)
+	@echo "The environment lies in $(VENV)"
 
 map: $(READY)
 ifeq ($(and $(SOURCE),$(MODEL))$(wildcard data/sample/catalog.json),)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['UNSEEN', 'count_classes', 'area_table']
 
-# %% ../nbs/62_areas.ipynb #c501911a
+# %% ../nbs/62_areas.ipynb #0b6cc23c
 import numpy as np
 import pandas as pd
 from jaxtyping import Int
 from .legend import Legend
 
-# %% ../nbs/62_areas.ipynb #31a6b679
+# %% ../nbs/62_areas.ipynb #40d862be
 UNSEEN = 255 # Value of a class map where nothing was seen, or outside the place
 
 def count_classes(
@@ -20,7 +20,7 @@ def count_classes(
     "Pixels of each value in a strip."
     return np.bincount(classes.ravel(), minlength=256).astype('int64')
 
-# %% ../nbs/62_areas.ipynb #05ab11c0
+# %% ../nbs/62_areas.ipynb #1191b956
 def area_table(
     counts:Int[np.ndarray, "256"], # Sum of `count_classes` over a map
     legend:Legend, # Names and ids

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CLEAR', 'clear_of', 'add_clear', 'clear_share', 'drop_cloudy', 'observations']
 
-# %% ../nbs/13_clouds.ipynb #1853a3e3
+# %% ../nbs/13_clouds.ipynb #1aabfebe
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Int
 from scipy.ndimage import distance_transform_edt
 from .bands import SCL
 
-# %% ../nbs/13_clouds.ipynb #c72b313f
+# %% ../nbs/13_clouds.ipynb #fed6e543
 CLEAR = tuple(SCL.index[SCL.clear]) # Scene classes that show the ground
 
 def clear_of(
@@ -27,7 +27,7 @@ def clear_of(
     if good.ndim > 2: return np.stack([clear_of(s, classes, margin, res) for s in scl])
     return distance_transform_edt(good) * res > margin
 
-# %% ../nbs/13_clouds.ipynb #cef7d62a
+# %% ../nbs/13_clouds.ipynb #c92c5ab9
 def add_clear(
     cube:xr.Dataset, # With reflectance and scl
     margin:float=20., # Distance kept from unusable pixels, metres
@@ -37,7 +37,7 @@ def add_clear(
     clear = xr.apply_ufunc(clear_of, scl, kwargs={'margin': margin}, dask='parallelized', output_dtypes=[bool])
     return cube.assign(clear=clear & cube.reflectance.notnull().all('band'))
 
-# %% ../nbs/13_clouds.ipynb #1683144b
+# %% ../nbs/13_clouds.ipynb #2ea241ea
 def clear_share(
     cube:xr.Dataset, # With clear
 ) -> xr.DataArray: # (time), 0 to 1, in memory
@@ -54,7 +54,7 @@ def drop_cloudy(
         raise ValueError(f'no date is at least {least:.0%} clear (the best is {float(share.max()):.0%}); lower the threshold or widen the season')
     return cube.isel(time=keep)
 
-# %% ../nbs/13_clouds.ipynb #c3558dfd
+# %% ../nbs/13_clouds.ipynb #d99f3ab3
 def observations(
     cube:xr.Dataset, # With clear
 ) -> xr.DataArray: # (y, x) uint16

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['native_grid', 'load_cube', 'save_cube', 'open_cube']
 
-# %% ../nbs/12_cube.ipynb #12fd31cb
+# %% ../nbs/12_cube.ipynb #cf4f3e39
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import odc.stac
@@ -19,12 +20,13 @@ import rioxarray
 import xarray as xr
 from affine import Affine
 from odc.geo.geobox import GeoBox
+from odc.loader import RioDriver, RioReader
 from .bands import BANDS, NODATA, SCALE, from_int16, reflectance
 from .harmonise import ledger, solar_day
 from .season import Place, Season, grid_of
 from .stac import band_assets, open_source, search
 
-# %% ../nbs/12_cube.ipynb #7791fa95
+# %% ../nbs/12_cube.ipynb #b3f2b772
 def native_grid(
     items:list[pystac.Item], # Scenes of the place
     place:Place=None, # Area wanted; None takes all that the scenes cover
@@ -49,7 +51,7 @@ def _footprint(item, bands): # Left, bottom, right, top of a scene in its own pr
     rows, columns = fields.get('proj:shape') or item.properties['proj:shape']
     return left, top + e * rows, left + a * columns, top
 
-# %% ../nbs/12_cube.ipynb #31b6ee5a
+# %% ../nbs/12_cube.ipynb #afd74d17
 def load_cube(
     items:list[pystac.Item], # Scenes
     rows:pd.DataFrame, # Their ledger; scenes with status 'dropped' are left out
@@ -68,14 +70,21 @@ def load_cube(
 
 def _load_same(items, grid, bands, offset, chunk): # A cube of scenes that share one offset
     raw = odc.stac.load([_plain(i, bands) for i in items], bands=[*bands, 'SCL'], geobox=grid, nodata=0,
-                        groupby=lambda item, parsed, index: solar_day(item), chunks={'time': 1, 'x': chunk, 'y': chunk},
+                        groupby=lambda item, parsed, index: solar_day(item), chunks={'time': 1, 'x': chunk, 'y': chunk}, driver=_ZeroIsMissing(),
                         dtype='uint16', resampling={'SCL': 'nearest', '*': 'cubic'})
     dn = raw[list(bands)].to_array('band').transpose('time', 'band', 'y', 'x')
     boa = xr.apply_ufunc(reflectance, dn, kwargs={'offset': offset}, dask='parallelized', output_dtypes=['float32'])
     days = pd.DatetimeIndex(sorted({solar_day(i) for i in items}))
     return xr.Dataset({'reflectance': boa, 'scl': raw.SCL.astype('uint8')}).assign_coords(time=days, offset=('time', [offset] * len(days)))
 
-# %% ../nbs/12_cube.ipynb #0814d81f
+# %% ../nbs/12_cube.ipynb #f5a24079
+class _Reader(RioReader): # A reader for which 0 is missing, whatever the file says
+    def read(self, cfg, *args, **kwargs): return super().read(replace(cfg, src_nodata_override=0), *args, **kwargs)
+
+class _ZeroIsMissing(RioDriver): # odc-stac's own driver with that reader
+    def open(self, src, ctx): return _Reader(src, ctx)
+
+# %% ../nbs/12_cube.ipynb #e8ae3256
 def _plain(item, bands): # A copy of a scene whose assets are its bands, under their Sentinel-2 names
     copy, keys = item.clone(), band_assets(item, bands)
     copy.assets = {}
@@ -89,7 +98,7 @@ def _first_seen(cube): # One time step a day where scenes of different offsets s
     offset = cube.offset.groupby('time').first()
     return seen.assign(scl=seen.scl.fillna(0).astype('uint8')).assign_coords(offset=offset)
 
-# %% ../nbs/12_cube.ipynb #50ee6742
+# %% ../nbs/12_cube.ipynb #76e93c1f
 def save_cube(
     cube:xr.Dataset, # As made by `load_cube`
     path:str|Path, # A new .zarr folder
@@ -108,7 +117,7 @@ def save_cube(
     os.replace(part, path)
     return path
 
-# %% ../nbs/12_cube.ipynb #d3325f9d
+# %% ../nbs/12_cube.ipynb #295870ae
 def open_cube(
     path:str|Path, # A .zarr folder written by `save_cube`
 ) -> xr.Dataset: # Lazy on Dask, as `load_cube` describes it

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['band_stats', 'normalise', 'turn', 'shift', 'drop_dates', 'CropDataset', 'collate']
 
-# %% ../nbs/32_dataset.ipynb #0453552e
+# %% ../nbs/32_dataset.ipynb #f1d920b8
 from pathlib import Path
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from .bands import SCALE, from_int16
 from .patches import read_index, read_patch
 from .season import Season
 
-# %% ../nbs/32_dataset.ipynb #354685ee
+# %% ../nbs/32_dataset.ipynb #41725751
 def band_stats(
     folder:str|Path, # A patch data set
     folds:tuple[int, ...]|None=None, # Folds that may be looked at: those of training; None for all
@@ -40,7 +40,7 @@ def normalise(
     mean, std = (np.asarray(stats[k], 'float32')[:, None, None] for k in ('mean', 'std'))
     return np.nan_to_num((x - mean) / std, nan=0.).astype('float32')
 
-# %% ../nbs/32_dataset.ipynb #73bab5a5
+# %% ../nbs/32_dataset.ipynb #e245a61f
 def turn(
     sample:dict, # Arrays whose last two axes are rows and columns, equally long
     quarter:int, # Quarter turns, 0 to 3
@@ -64,7 +64,7 @@ def shift(
         return out
     return {k: move(a, dict(x=np.nan, clear=False, labels=void)[k]) for k, a in sample.items()}
 
-# %% ../nbs/32_dataset.ipynb #4c845571
+# %% ../nbs/32_dataset.ipynb #8719440c
 def drop_dates(
     count:int, # Number of dates
     share:float, # Each date is left out with this probability, 0 to 1
@@ -75,7 +75,7 @@ def drop_dates(
     if not stay.any(): stay[rng.integers(count)] = True
     return np.flatnonzero(stay)
 
-# %% ../nbs/32_dataset.ipynb #1fc491a2
+# %% ../nbs/32_dataset.ipynb #d1f15591
 class CropDataset(Dataset):
     "Patches of some folds: dict(x float32 T C H W, days int64 T, clear bool T H W, labels int64 H W, patch_id)."
     def __init__(self,
@@ -108,7 +108,7 @@ class CropDataset(Dataset):
         far = sample['labels'].shape[0] // 8
         return shift(turn(sample, int(rng.integers(4)), bool(rng.integers(2))), *rng.integers(-far, far + 1, 2).tolist(), self.void)
 
-# %% ../nbs/32_dataset.ipynb #585e28fb
+# %% ../nbs/32_dataset.ipynb #3187cd9f
 def collate(
     samples:list[dict], # From a `CropDataset`
 ) -> dict: # x (B T C H W), days (B T), pad (B T) True where there is no date, clear (B T H W), labels (B H W), patch_id list

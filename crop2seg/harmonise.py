@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['baseline_of', 'evidence', 'offset_of', 'solar_day', 'ledger', 'write_ledger']
 
-# %% ../nbs/11_harmonise.ipynb #e60ba967
+# %% ../nbs/11_harmonise.ipynb #6c9c3ad2
 import os
 import re
 from datetime import timedelta
@@ -16,7 +16,7 @@ from .bands import BANDS
 from .season import Season
 from .stac import band_assets, scene_table
 
-# %% ../nbs/11_harmonise.ipynb #6083f102
+# %% ../nbs/11_harmonise.ipynb #65d6e256
 def baseline_of(
     item:pystac.Item, # One scene
 ) -> str|None: # Processing baseline such as '05.09'; None if the item does not say
@@ -27,7 +27,7 @@ def baseline_of(
     match = next((m for n in names if n and (m := re.search(r'_N(\d\d)(\d\d)_', n))), None)
     return match and f'{match[1]}.{match[2]}'
 
-# %% ../nbs/11_harmonise.ipynb #20db7779
+# %% ../nbs/11_harmonise.ipynb #6fecc5f2
 def evidence(
     item:pystac.Item, # One scene
     bands:tuple=BANDS, # Bands that will be read
@@ -42,7 +42,7 @@ def evidence(
     if flag: votes = {k: v for k, v in votes.items() if k != 'baseline'} | {'boa_offset_applied': 0}
     return votes
 
-# %% ../nbs/11_harmonise.ipynb #7acefc3e
+# %% ../nbs/11_harmonise.ipynb #09d65767
 def offset_of(
     item:pystac.Item, # One scene
     bands:tuple=BANDS, # Bands that will be read
@@ -56,7 +56,7 @@ def offset_of(
     if (offset := next(iter(votes.values()))) in (0, -1000): return offset
     raise ValueError(f'scene {item.id} has an offset of {offset}, which no Sentinel-2 product uses; its reflectance cannot be known')
 
-# %% ../nbs/11_harmonise.ipynb #5ecb430f
+# %% ../nbs/11_harmonise.ipynb #a428a6d1
 def solar_day(
     item:pystac.Item, # One scene
 ) -> pd.Timestamp: # Day at the longitude of the scene, without time zone
@@ -64,7 +64,7 @@ def solar_day(
     west, _, east, _ = item.bbox
     return pd.Timestamp(item.datetime.replace(tzinfo=None) + timedelta(hours=(west + east) / 30)).normalize()
 
-# %% ../nbs/11_harmonise.ipynb #b2faf8eb
+# %% ../nbs/11_harmonise.ipynb #2d3abf40
 def ledger(
     items:list[pystac.Item], # All that the source offered
     season:Season, # Dates that are wanted
@@ -84,7 +84,7 @@ def _judge(item, day, season, bands): # (offset, status, reason) of one scene
     except ValueError as e: return pd.NA, 'dropped', str(e)
     return offset_of(item, bands), 'kept', ''
 
-# %% ../nbs/11_harmonise.ipynb #98380df8
+# %% ../nbs/11_harmonise.ipynb #7d07772e
 def write_ledger(
     rows:pd.DataFrame, # As made by `ledger`
     path:str|Path, # A csv file

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['starts', 'taper', 'check_fit', 'window_probs', 'predict_map']
 
-# %% ../nbs/60_mapping.ipynb #7fd15306
+# %% ../nbs/60_mapping.ipynb #308e4f35
 from collections.abc import Iterator
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .dataset import normalise
 from .season import Season
 
-# %% ../nbs/60_mapping.ipynb #f2448b75
+# %% ../nbs/60_mapping.ipynb #907e2200
 def starts(
     length:int, # Of the cube along one axis, pixels
     window:int, # Of a window, pixels
@@ -26,7 +26,7 @@ def starts(
     if length <= window: return [0]
     return np.linspace(0, length - window, 1 + -(-(length - window) // (window - overlap))).round().astype(int).tolist()
 
-# %% ../nbs/60_mapping.ipynb #1a3fd58a
+# %% ../nbs/60_mapping.ipynb #76c30137
 def taper(
     height:int, # Of a window, pixels
     width:int, # Of a window, pixels
@@ -36,7 +36,7 @@ def taper(
     ramp = lambda n: np.sin(np.pi / 2 * np.minimum(1, (np.minimum(np.arange(n), np.arange(n)[::-1]) + .5) / max(overlap, .5)))**2
     return np.outer(ramp(height), ramp(width)).astype('float32')
 
-# %% ../nbs/60_mapping.ipynb #34cbabe6
+# %% ../nbs/60_mapping.ipynb #5fee86fe
 def check_fit(
     cube:xr.Dataset, # To be mapped
     run:dict, # The run.json of a trained model
@@ -44,12 +44,12 @@ def check_fit(
     "ValueError unless a model and a cube speak of the same bands, and the model of its own legend."
     have, want = cube.band.values.tolist(), list(run['bands'])
     if have != want: raise ValueError(f'the model was trained on {", ".join(want)}, the cube holds {", ".join(have)}; make a cube with the bands of the model')
-    if 'clear' not in cube: raise ValueError('the cube does not say which observations are clear; make it with crop2seg cube')
+    if 'clear' not in cube or 'season_year' not in cube.attrs: raise ValueError('the cube lacks its clear observations or its season; make it with crop2seg cube')
     legend, outputs = run['legend'], run['model']['args']['n_classes']
     known = [i for i in legend['ids'] if i != legend['void']]
     if len(known) != outputs: raise ValueError(f'the model has {outputs} outputs, its legend {len(known)} classes; the run folder is inconsistent')
 
-# %% ../nbs/60_mapping.ipynb #9f76c2c4
+# %% ../nbs/60_mapping.ipynb #f6cdfea0
 def window_probs(
     part:xr.Dataset, # A window of a cube: reflectance and clear
     model:torch.nn.Module, # model(x, days, pad, clear) -> logits
@@ -65,7 +65,7 @@ def window_probs(
     batch = [a[None].to(device) for a in (x, days, torch.zeros(len(days), dtype=torch.bool), torch.from_numpy(part.clear.values))]
     with torch.inference_mode(): return model(*batch).softmax(1)[0].float().cpu().numpy()
 
-# %% ../nbs/60_mapping.ipynb #c77632c2
+# %% ../nbs/60_mapping.ipynb #8cab7519
 def predict_map(
     cube:xr.Dataset, # With reflectance and clear, and the attribute season_year
     model:torch.nn.Module, # In eval mode

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_parcels', 'burn', 'read_labels', 'connected']
 
-# %% ../nbs/30_parcels.ipynb #28a1fb31
+# %% ../nbs/30_parcels.ipynb #eefe3a5f
 from pathlib import Path
 import geopandas as gpd
 import numpy as np
@@ -18,7 +18,7 @@ from rasterio.features import rasterize
 from scipy.ndimage import label as components
 from .legend import Legend
 
-# %% ../nbs/30_parcels.ipynb #6c996783
+# %% ../nbs/30_parcels.ipynb #0cd2ed07
 def read_parcels(
     path:str|Path, # GeoPackage, GeoParquet, Shapefile or GeoJSON
     legend:Legend, # Its ids are the valid classes
@@ -41,7 +41,7 @@ def _read_vector(path): # A table with geometries
     except (pyogrio.errors.DataSourceError, ValueError, OSError) as e:
         raise ValueError(f'{path} cannot be read as parcels ({type(e).__name__}); give a GeoPackage, GeoParquet, Shapefile or GeoJSON') from e
 
-# %% ../nbs/30_parcels.ipynb #c307618d
+# %% ../nbs/30_parcels.ipynb #f6b6fd8e
 def burn(
     parcels:gpd.GeoDataFrame, # As read by `read_parcels`
     grid:GeoBox, # Of the cube
@@ -55,7 +55,7 @@ def burn(
     if not ids.any(): raise ValueError('no parcel covers a pixel of the cube; do the parcels and the cube show the same place?')
     return burn_one(local.class_id, outside, 'uint8'), ids
 
-# %% ../nbs/30_parcels.ipynb #3b83e8ef
+# %% ../nbs/30_parcels.ipynb #0f3a2df6
 def read_labels(
     path:str|Path, # Raster of class ids
     grid:GeoBox, # Of the cube
@@ -82,7 +82,7 @@ def _position(path, where, code, grid): # Row and column of a raster's corner on
     if not same: raise ValueError(f'{path} does not lie on the 10 m pixels of the cube; align it with nearest neighbour first')
     return round(row), round(column)
 
-# %% ../nbs/30_parcels.ipynb #248855c1
+# %% ../nbs/30_parcels.ipynb #7ffe5871
 def connected(
     labels:Int[np.ndarray, "H W"], # Class ids
     void:int, # Not an area

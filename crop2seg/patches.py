@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'corners', 'spatial_folds', 'cut', 'write_dataset', 'read_index', 'read_patch']
 
-# %% ../nbs/31_patches.ipynb #8fd92fc1
+# %% ../nbs/31_patches.ipynb #36867ac3
 import hashlib
 import json
 import shutil
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .bands import to_int16
 from .legend import Legend
 
-# %% ../nbs/31_patches.ipynb #64529d39
+# %% ../nbs/31_patches.ipynb #7be3025d
 def corners(
     height:int, # Of the cube, pixels
     width:int, # Of the cube, pixels
@@ -30,7 +30,7 @@ def corners(
     "Upper left corners of the patches that tile a cube."
     return [(r, c) for r in range(0, height, size) for c in range(0, width, size)]
 
-# %% ../nbs/31_patches.ipynb #009d48f6
+# %% ../nbs/31_patches.ipynb #aa3187f3
 def spatial_folds(
     x:np.ndarray, # Centres of the patches, metres
     y:np.ndarray, # Centres of the patches, metres
@@ -45,7 +45,7 @@ def spatial_folds(
         raise ValueError(f'the patches lie in {len(blocks)} block(s) of {block:g} m, fewer than {folds} folds; take smaller blocks or fewer folds')
     return (np.random.default_rng(seed).permutation(len(blocks)) % folds + 1)[member.ravel()]
 
-# %% ../nbs/31_patches.ipynb #3334333d
+# %% ../nbs/31_patches.ipynb #7d30e6c8
 def cut(
     cube:xr.Dataset, # With reflectance and clear
     labels:Int[np.ndarray, "H W"], # Class ids
@@ -63,7 +63,7 @@ def cut(
     return dict(series=fill(to_int16(part.reflectance.values), to_int16(np.float32('nan'))), clear=fill(part.clear.values, False),
                 labels=fill(labels[rows, columns], void), parcels=fill(ids[rows, columns], 0), dates=part.time.dt.strftime('%Y-%m-%d').values.tolist())
 
-# %% ../nbs/31_patches.ipynb #df6dc58f
+# %% ../nbs/31_patches.ipynb #1c5fdec6
 PARTS = ('series', 'labels', 'parcels', 'clear') # Arrays of a patch, each a folder of .npy files
 
 def write_dataset(
@@ -95,7 +95,7 @@ def write_dataset(
     (part/'dataset.json').write_text(json.dumps(facts, indent=1))
     return part.rename(out)
 
-# %% ../nbs/31_patches.ipynb #2762e609
+# %% ../nbs/31_patches.ipynb #0b759f6c
 def _labelled(labels, size, void, share): # Corners of the patches that carry enough labels
     count = lambda r, c: (labels[r:r + size, c:c + size] != void).sum()
     return [rc for rc in corners(*labels.shape, size) if count(*rc) >= max(1, share * size**2)]
@@ -118,7 +118,7 @@ def _index(rows, cube, block, folds, seed): # The table of patches
     index.insert(2, 'epsg', cube.rio.crs.to_epsg())
     return index
 
-# %% ../nbs/31_patches.ipynb #13309758
+# %% ../nbs/31_patches.ipynb #be80d968
 def read_index(
     folder:str|Path, # A data set written by `write_dataset`
 ) -> tuple[gpd.GeoDataFrame, dict]: # Table of patches, and the content of dataset.json

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'ASSET_NAMES', 'open_source', 'search', 'band_assets', 'scene_table']
 
-# %% ../nbs/10_stac.ipynb #4e6e5d48
+# %% ../nbs/10_stac.ipynb #1082a726
 import json
 from pathlib import Path
 from urllib.parse import urlparse
@@ -17,7 +17,7 @@ from .bands import BANDS
 from .legend import data_dir
 from .season import Place, Season
 
-# %% ../nbs/10_stac.ipynb #e50565a3
+# %% ../nbs/10_stac.ipynb #a51b7455
 SOURCES = {'earth-search': 'https://earth-search.aws.element84.com/v1'} # Public STAC APIs by name
 
 def open_source(
@@ -31,7 +31,7 @@ def open_source(
         raise FileNotFoundError(f'source {where} does not exist; give a catalog.json, a STAC API address or one of {", ".join(SOURCES)}')
     return _open_static(where if '://' in where else str(path))
 
-# %% ../nbs/10_stac.ipynb #d2a3400a
+# %% ../nbs/10_stac.ipynb #6ea670b3
 def _open_api(url): # A STAC API client
     try: return pystac_client.Client.open(url, timeout=60)
     except Exception as e: raise ValueError(f'{url} does not answer as a STAC API ({type(e).__name__}); check the address and the network') from e
@@ -41,7 +41,7 @@ def _open_static(href): # A catalog of files
     except (json.JSONDecodeError, pystac.STACError, pystac.STACTypeError, KeyError, UnicodeDecodeError) as e:
         raise ValueError(f'{href} is not a STAC catalog ({type(e).__name__}); give the catalog.json of a static catalog') from e
 
-# %% ../nbs/10_stac.ipynb #21a9080a
+# %% ../nbs/10_stac.ipynb #f9fa3aca
 def search(
     source:pystac.Catalog, # As opened by `open_source`
     place:Place=None, # Where; may be left out for a static catalog
@@ -63,7 +63,7 @@ def _ask(client, place, season, collection): # A search of a STAC API
                                    datetime=f'{season.start}/{season.end}', max_items=None).items())
     except pystac_client.exceptions.APIError as e: raise ValueError(f'{client.id} refused the search: {e}') from e
 
-# %% ../nbs/10_stac.ipynb #a405f8ea
+# %% ../nbs/10_stac.ipynb #6aa9cf68
 ASSET_NAMES = {
     'B02': ('B02', 'blue', 'B02_10m'), 'B03': ('B03', 'green', 'B03_10m'), 'B04': ('B04', 'red', 'B04_10m'),
     'B05': ('B05', 'rededge1', 'B05_20m'), 'B06': ('B06', 'rededge2', 'B06_20m'), 'B07': ('B07', 'rededge3', 'B07_20m'),
@@ -80,7 +80,7 @@ def band_assets(
     if missing: raise ValueError(f'scene {item.id} has no {", ".join(missing)}; it cannot be used with these bands')
     return keys
 
-# %% ../nbs/10_stac.ipynb #d8d41a03
+# %% ../nbs/10_stac.ipynb #5a0abe4a
 def scene_table(
     items:list[pystac.Item], # As found by `search`
 ) -> pd.DataFrame: # One row a scene: scene, datetime, tile, cloud_cover (percent), baseline

@@ -24,9 +24,10 @@ def rename_pages(folder):
         found = re.search(r'^output-file:\s*(\S+)\.html', head, re.M)
         if found and found[1] != f.stem: renamed[f.name] = f.rename(f.with_name(found[1] + '.ipynb')).name
     sidebar = folder/'sidebar.yml'
-    text = sidebar.read_text()
-    for old, new in renamed.items(): text = text.replace(old, new)
-    sidebar.write_text(text)
+    sidebar.write_text(re.sub(r'[\w.]+\.ipynb', lambda m: renamed.get(m[0], m[0]), sidebar.read_text()))
+    link = re.compile(r'(\]\((?:[\w.]+/)*)([\w.]+\.ipynb)')
+    for f in folder.rglob('*.ipynb'):
+        f.write_text(link.sub(lambda m: m[1] + renamed.get(m[2], m[2]), f.read_text(encoding='utf-8')), encoding='utf-8')
 
 def main(out=None):
     "Builds the site in `out`."

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['positional', 'normalise_dates', 'usable', 'folded_attention', 'LTAE']
 
-# %% ../../nbs/41_models.ltae.ipynb #1abf6dd3
+# %% ../../nbs/41_models.ltae.ipynb #df32fd6d
 import torch
 from torch import Tensor, nn
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from .layers import norm
 
-# %% ../../nbs/41_models.ltae.ipynb #61400eb5
+# %% ../../nbs/41_models.ltae.ipynb #acd13aa9
 def positional(
     days:Int[Tensor, "B T"], # Days since the start of the clock, any whole number
     d:int, # Length of the code
@@ -23,7 +23,7 @@ def positional(
     angle = days[..., None].float() / period ** (2 * (i // 2) / d)
     return torch.where(i % 2 == 0, angle.sin(), angle.cos())
 
-# %% ../../nbs/41_models.ltae.ipynb #218e9285
+# %% ../../nbs/41_models.ltae.ipynb #1f986a7d
 def normalise_dates(
     s:Float[Tensor, "B N T C"], # Series of N pixels
     use:Float[Tensor, "B N T"], # 1 where the date may be used, else 0
@@ -39,7 +39,7 @@ def normalise_dates(
     centred = s - mean(s)
     return centred * (mean(centred.square()) + eps).rsqrt()
 
-# %% ../../nbs/41_models.ltae.ipynb #04f9b297
+# %% ../../nbs/41_models.ltae.ipynb #19a154fc
 def usable(
     pad:Bool[Tensor, "B T"], # True = padding
     clear:Bool[Tensor, "B T N"]|None=None, # True = usable observation of the pixel
@@ -51,7 +51,7 @@ def usable(
     use = valid & rearrange(clear, 'b t n -> b n t')
     return use | (valid & ~use.any(-1, keepdim=True))
 
-# %% ../../nbs/41_models.ltae.ipynb #d3a73a91
+# %% ../../nbs/41_models.ltae.ipynb #ef8c135b
 def folded_attention(
     x:Float[Tensor, "B N T C"], # Normalised series of N pixels
     use:Bool[Tensor, "B N T"], # Dates they may attend to, see `usable`
@@ -74,7 +74,7 @@ def folded_attention(
     o = o + torch.einsum('bntg,btgd->bngd', a, rearrange(base, 'b t (g d) -> b t g d', g=g))
     return rearrange(o, 'b n g d -> b n (g d)'), weights
 
-# %% ../../nbs/41_models.ltae.ipynb #f20a79a3
+# %% ../../nbs/41_models.ltae.ipynb #b949f44d
 class LTAE(nn.Module):
     "Lightweight temporal attention: (B T C H W) -> embedding (B D H W) and weights (G B T H W)."
     def __init__(self,
@@ -100,9 +100,8 @@ class LTAE(nn.Module):
         use = usable(pad, None if clear is None else clear.flatten(2)).expand(-1, x[0, 0, 0].numel(), -1)
         s = rearrange(x, 'b t c h w -> b (h w) t c')
         with torch.autocast(x.device.type, enabled=False):
-            code = positional(days, len(w) // g)
-            learned = self.query, self.key.weight, w * self.gain, self.inner.bias + w @ self.shift
-            parts = [folded_attention(normalise_dates(s.float(), use.float(), g), use, code, *learned, self.drop)
+            rest = positional(days, len(w) // g), self.query, self.key.weight, w * self.gain, self.inner.bias + w @ self.shift
+            parts = [folded_attention(normalise_dates(s.float(), use.float(), g), use, *rest, self.drop)
                      for s, use in zip(s.split(1024, 1), use.split(1024, 1))]
         o, a = (torch.cat(p, 1) for p in zip(*parts))
         return self.out(rearrange(o, 'b (h w) d -> b d h w', h=h)), rearrange(a, 'b (h w) t g -> g b t h w', h=h)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MONTH', 'month_of', 'clear_median', 'fill_months', 'monthly_medians', 'PixelForest']
 
-# %% ../../nbs/48_models.pixel.ipynb #0f53a168
+# %% ../../nbs/48_models.pixel.ipynb #b90d2b7f
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from sklearn.ensemble import RandomForestClassifier
 
-# %% ../../nbs/48_models.pixel.ipynb #a6e552ac
+# %% ../../nbs/48_models.pixel.ipynb #3028df83
 MONTH = 365.25/12 # days
 
 def month_of(
@@ -19,7 +19,7 @@ def month_of(
     "Month of the season in which each date falls."
     return np.floor(np.asarray(days)/MONTH).astype(int)
 
-# %% ../../nbs/48_models.pixel.ipynb #a8959581
+# %% ../../nbs/48_models.pixel.ipynb #6cc73e2c
 def clear_median(
     x:Float[np.ndarray, "T *s"], # Values, NaN where unusable
 ) -> Float[np.ndarray, "*s"]: # Median over T of what is not NaN; NaN where nothing is left
@@ -30,7 +30,7 @@ def clear_median(
     low, high = (np.take_along_axis(x, np.clip(i, 0, len(x)-1), 0)[0] for i in ((n-1)//2, n//2))
     return np.where(n[0] > 0, (low + high)/2, np.nan).astype(x.dtype)
 
-# %% ../../nbs/48_models.pixel.ipynb #63afda1c
+# %% ../../nbs/48_models.pixel.ipynb #714d82a0
 def fill_months(
     m:Float[np.ndarray, "M *s"], # Monthly values, NaN where a month has none
 ) -> Float[np.ndarray, "M *s"]: # Without gaps, unless all months of a column are NaN
@@ -45,7 +45,7 @@ def fill_months(
     share = (month - before)/np.maximum(after - before, 1)
     return (a + share*(b - a)).astype(m.dtype)
 
-# %% ../../nbs/48_models.pixel.ipynb #c50bc2df
+# %% ../../nbs/48_models.pixel.ipynb #c812d4c5
 def monthly_medians(
     x:Float[np.ndarray, "T C *s"], # Reflectance, H W or N pixels behind; NaN allowed
     days:Int[np.ndarray, "T"], # Days since 1 September
@@ -55,13 +55,14 @@ def monthly_medians(
     "Monthly medians of the clear observations as features, empty months interpolated."
     T, C, *space = x.shape
     if np.shape(clear) != (T, *space) or np.shape(days) != (T,):
-        raise ValueError(f"x {x.shape} needs days {(T,)} and clear {(T, *space)}, got {np.shape(days)} and {np.shape(clear)}")
+        got = f"{np.shape(days)} and {np.shape(clear)}"
+        raise ValueError(f"x {x.shape} needs days {(T,)} and clear {(T, *space)}, got {got}; cut them to the same dates")
     x = np.where(np.asarray(clear)[:, None], x, np.nan).astype(np.float32).reshape(T, C, -1)
     month = month_of(days)
     months = fill_months(np.stack([clear_median(x[month == i]) for i in range(n_months)]))
     return months.transpose(2, 0, 1).reshape(-1, n_months*C)
 
-# %% ../../nbs/48_models.pixel.ipynb #b8458bbd
+# %% ../../nbs/48_models.pixel.ipynb #fa795486
 class PixelForest:
     "Random forest on pixel features with a fixed set of classes; refit it instead of saving it."
     def __init__(self,
@@ -80,12 +81,11 @@ class PixelForest:
         "Fit on labelled pixels that were seen at least once."
         labels = np.ravel(labels).astype(int)
         rows = np.flatnonzero((labels != void) & np.isfinite(features).any(1))
-        if len(rows) == 0: raise ValueError(f"none of {len(labels)} pixels is labelled and seen; check the training folds")
-        low, high = labels[rows].min(), labels[rows].max()
-        if low < 0 or high >= self.n_classes: raise ValueError(f"labels reach from {low} to {high} but the forest has {self.n_classes} classes; remap them")
-        if len(rows) > self.max_pixels: rows = np.random.default_rng(self.seed).choice(rows, self.max_pixels, replace=False)
-        self.forest.fit(features[rows], labels[rows])
-        return self
+        if not len(rows): raise ValueError(f"none of {len(labels)} pixels is labelled and seen; check the training folds")
+        if (top := labels[rows].max()) >= self.n_classes:
+            raise ValueError(f"labels hold class {top} but the forest has {self.n_classes} classes; remap them")
+        rows = np.random.default_rng(self.seed).permutation(rows)[:self.max_pixels]
+        self.forest.fit(features[rows], labels[rows]); return self
 
     def predict_proba(self,
         features:Float[np.ndarray, "N F"], # Columns as in fit

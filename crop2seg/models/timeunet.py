@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TimeUNet']
 
-# %% ../../nbs/43_models.timeunet.ipynb #f5ead9ee
+# %% ../../nbs/43_models.timeunet.ipynb #95574d8a
 from torch import Tensor, nn
 from jaxtyping import Bool, Float, Int
 from .layers import UNet2d, conv_block, head, per_date
 from .ltae import LTAE
 
-# %% ../../nbs/43_models.timeunet.ipynb #f6505c95
+# %% ../../nbs/43_models.timeunet.ipynb #411f88e7
 class TimeUNet(nn.Module):
     "Time-Unet: conv block on each date, L-TAE at full resolution, 2-D U-Net, plain head."
     def __init__(self,
