@@ -1,4 +1,4 @@
-"What pip needs: everything is read from settings.ini; `data/` travels inside the wheel as `crop2seg/data`."
+"What pip needs: everything is read from settings.ini; `data/` and the app travel inside the wheel as `crop2seg/data` and `crop2seg/app.ipynb`."
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -19,6 +19,7 @@ class build_with_data(build_py):
         super().run()
         skip = shutil.ignore_patterns('cache', 'runs')
         shutil.copytree(root/'data', Path(self.build_lib)/cfg['lib_path']/'data', ignore=skip)
+        shutil.copy(root/'nbs'/'app.ipynb', Path(self.build_lib)/cfg['lib_path'])
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], license='Apache-2.0', description=cfg['description'],

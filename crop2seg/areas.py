@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['UNSEEN', 'count_classes', 'area_table']
 
-# %% ../nbs/62_areas.ipynb #0b6cc23c
+# %% ../nbs/62_areas.ipynb #06a67a6c
 import numpy as np
 import pandas as pd
 from jaxtyping import Int
 from .legend import Legend
 
-# %% ../nbs/62_areas.ipynb #40d862be
+# %% ../nbs/62_areas.ipynb #ab60ca16
 UNSEEN = 255 # Value of a class map where nothing was seen, or outside the place
 
 def count_classes(
@@ -20,7 +20,7 @@ def count_classes(
     "Pixels of each value in a strip."
     return np.bincount(classes.ravel(), minlength=256).astype('int64')
 
-# %% ../nbs/62_areas.ipynb #1191b956
+# %% ../nbs/62_areas.ipynb #7c5c07a1
 def area_table(
     counts:Int[np.ndarray, "256"], # Sum of `count_classes` over a map
     legend:Legend, # Names and ids
@@ -34,5 +34,5 @@ def area_table(
     rows += [dict(class_id=UNSEEN, name='No observation', hcat_code='', pixels=int((counts.sum() if inside is None else inside) - seen))]
     table = pd.DataFrame(rows)
     table['hectares'] = table.pixels * pixel / 10_000
-    table['share'] = (table.pixels / max(seen, 1)).where(table.class_id != UNSEEN)
+    table['share'] = (table.pixels / max(seen, 1)).where(table.class_id != UNSEEN).round(6)
     return table

@@ -6,7 +6,7 @@
 __all__ = ['LAYERS', 'Bundle', 'open_bundle', 'bundle_path', 'web_raster', 'Overlay', 'image_url', 'overlay', 'fit_zoom',
            'pixel_answer', 'pixel_profile']
 
-# %% ../nbs/72_bundle.ipynb #b4770c61
+# %% ../nbs/72_bundle.ipynb #f8dac0fa
 import base64
 import io
 import json
@@ -31,7 +31,7 @@ from .indices import index
 from .legend import Legend, data_dir
 from .plot import label_image
 
-# %% ../nbs/72_bundle.ipynb #fb2ed8ed
+# %% ../nbs/72_bundle.ipynb #6902d62d
 @dataclass(frozen=True)
 class Bundle:
     "A finished map."
@@ -55,12 +55,12 @@ def open_bundle(
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e: raise ValueError(f'{folder} is damaged ({e!r}); {remedy}') from e
     return bundle
 
-# %% ../nbs/72_bundle.ipynb #a43e1d94
+# %% ../nbs/72_bundle.ipynb #e07f6adc
 def bundle_path() -> Path: # A folder, which need not exist
     "Where a map is looked for when none is named."
     return Path(os.environ.get('CROP2SEG_BUNDLE') or data_dir()/'runs'/'map')
 
-# %% ../nbs/72_bundle.ipynb #767fc89c
+# %% ../nbs/72_bundle.ipynb #3d0e68ec
 def web_raster(
     path:str|Path, # A GeoTIFF
     longest:int=1500, # About how many pixels the longer side may have
@@ -80,7 +80,7 @@ def web_raster(
             west, south, east, north = transform_bounds(v.crs, 'EPSG:4326', *v.bounds)
             return v.read(1, masked=True), ((south, west), (north, east))
 
-# %% ../nbs/72_bundle.ipynb #aa7a1c68
+# %% ../nbs/72_bundle.ipynb #2877732d
 LAYERS = {'Crops': 'crops', 'Confidence': 'confidence', 'Clear dates': 'observations'} # Title of each layer, and its raster
 
 @dataclass(frozen=True)
@@ -108,19 +108,19 @@ def overlay(
     rgba = mpl.colormaps['viridis']((values.filled(low) - float(low)) / max(1, high - low), bytes=True)
     return Overlay(image_url(np.where(np.ma.getmaskarray(values)[..., None], 0, rgba).astype('uint8')), bounds, (low, high))
 
-# %% ../nbs/72_bundle.ipynb #d7b06196
+# %% ../nbs/72_bundle.ipynb #f394cf42
 def fit_zoom(
     bounds:tuple, # ((south, west), (north, east)), degrees
     width:float, # Of the frame, pixels
     height:float, # Of the frame, pixels
-) -> float: # Zoom of a web map, in quarter steps
+) -> float: # Zoom of a web map, in tenths
     "The largest zoom at which an area fits a frame."
     (south, west), (north, east) = bounds
     up = lambda lat: math.asinh(math.tan(math.radians(lat))) / math.tau
     fits = min(width / (256 * (east - west) / 360), height / (256 * (up(north) - up(south))))
-    return math.floor(4 * math.log2(fits)) / 4
+    return math.floor(10 * math.log2(fits)) / 10
 
-# %% ../nbs/72_bundle.ipynb #18b6ca2f
+# %% ../nbs/72_bundle.ipynb #c7ae147e
 def _cell(transform, shape, crs, lon, lat): # Row and column of a place, None outside a grid
     x, y = Transformer.from_crs('EPSG:4326', crs, always_xy=True).transform(lon, lat)
     if not (math.isfinite(x) and math.isfinite(y)): return None
@@ -143,7 +143,7 @@ def pixel_answer(
     if found['crops'] == UNSEEN: raise ValueError('No date shows this place without clouds, so the map leaves it open; choose another.')
     return dict(class_id=found['crops'], confidence=found['confidence'], looks=found['observations'])
 
-# %% ../nbs/72_bundle.ipynb #dbbd8a9b
+# %% ../nbs/72_bundle.ipynb #b10621a6
 def pixel_profile(
     cube:xr.Dataset, # With reflectance and clear
     lon:float, # Longitude, degrees

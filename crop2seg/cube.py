@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['native_grid', 'load_cube', 'save_cube', 'open_cube']
 
-# %% ../nbs/12_cube.ipynb #cf4f3e39
+# %% ../nbs/12_cube.ipynb #9a4e81d2
 import os
 import shutil
 from collections import Counter
@@ -26,7 +26,7 @@ from .harmonise import ledger, solar_day
 from .season import Place, Season, grid_of
 from .stac import band_assets, open_source, search
 
-# %% ../nbs/12_cube.ipynb #b3f2b772
+# %% ../nbs/12_cube.ipynb #66cff8ac
 def native_grid(
     items:list[pystac.Item], # Scenes of the place
     place:Place=None, # Area wanted; None takes all that the scenes cover
@@ -51,7 +51,28 @@ def _footprint(item, bands): # Left, bottom, right, top of a scene in its own pr
     rows, columns = fields.get('proj:shape') or item.properties['proj:shape']
     return left, top + e * rows, left + a * columns, top
 
-# %% ../nbs/12_cube.ipynb #afd74d17
+# %% ../nbs/12_cube.ipynb #1d2986c9
+class _Reader(RioReader): # A reader for which 0 is missing, whatever the file says
+    def read(self, cfg, *args, **kwargs): return super().read(replace(cfg, src_nodata_override=0), *args, **kwargs)
+
+class _ZeroIsMissing(RioDriver): # odc-stac's own driver with that reader
+    def open(self, src, ctx): return _Reader(src, ctx)
+
+# %% ../nbs/12_cube.ipynb #f81eae29
+def _plain(item, bands): # A copy of a scene whose assets are its bands, under their Sentinel-2 names
+    copy, keys = item.clone(), band_assets(item, bands)
+    copy.assets = {}
+    for band, key in keys.items():
+        copy.add_asset(band, item.assets[key].clone())
+        copy.assets[band].href = item.assets[key].get_absolute_href()
+    return copy
+
+def _first_seen(cube): # One time step a day where scenes of different offsets share it
+    seen = cube.assign(scl=cube.scl.where(cube.scl != 0)).drop_vars('offset').groupby('time').first()
+    offset = cube.offset.groupby('time').first()
+    return seen.assign(scl=seen.scl.fillna(0).astype('uint8')).assign_coords(offset=offset)
+
+# %% ../nbs/12_cube.ipynb #168eba62
 def load_cube(
     items:list[pystac.Item], # Scenes
     rows:pd.DataFrame, # Their ledger; scenes with status 'dropped' are left out
@@ -77,28 +98,7 @@ def _load_same(items, grid, bands, offset, chunk): # A cube of scenes that share
     days = pd.DatetimeIndex(sorted({solar_day(i) for i in items}))
     return xr.Dataset({'reflectance': boa, 'scl': raw.SCL.astype('uint8')}).assign_coords(time=days, offset=('time', [offset] * len(days)))
 
-# %% ../nbs/12_cube.ipynb #f5a24079
-class _Reader(RioReader): # A reader for which 0 is missing, whatever the file says
-    def read(self, cfg, *args, **kwargs): return super().read(replace(cfg, src_nodata_override=0), *args, **kwargs)
-
-class _ZeroIsMissing(RioDriver): # odc-stac's own driver with that reader
-    def open(self, src, ctx): return _Reader(src, ctx)
-
-# %% ../nbs/12_cube.ipynb #e8ae3256
-def _plain(item, bands): # A copy of a scene whose assets are its bands, under their Sentinel-2 names
-    copy, keys = item.clone(), band_assets(item, bands)
-    copy.assets = {}
-    for band, key in keys.items():
-        copy.add_asset(band, item.assets[key].clone())
-        copy.assets[band].href = item.assets[key].get_absolute_href()
-    return copy
-
-def _first_seen(cube): # One time step a day where scenes of different offsets share it
-    seen = cube.assign(scl=cube.scl.where(cube.scl != 0)).drop_vars('offset').groupby('time').first()
-    offset = cube.offset.groupby('time').first()
-    return seen.assign(scl=seen.scl.fillna(0).astype('uint8')).assign_coords(offset=offset)
-
-# %% ../nbs/12_cube.ipynb #76e93c1f
+# %% ../nbs/12_cube.ipynb #8e331412
 def save_cube(
     cube:xr.Dataset, # As made by `load_cube`
     path:str|Path, # A new .zarr folder
@@ -117,7 +117,7 @@ def save_cube(
     os.replace(part, path)
     return path
 
-# %% ../nbs/12_cube.ipynb #295870ae
+# %% ../nbs/12_cube.ipynb #b1f40ea9
 def open_cube(
     path:str|Path, # A .zarr folder written by `save_cube`
 ) -> xr.Dataset: # Lazy on Dask, as `load_cube` describes it

@@ -6,7 +6,7 @@
 __all__ = ['legend_html', 'profile_chart', 'profile_table', 'answer_html', 'read_position', 'LeafletPane', 'go_offline',
            'leaflet_map', 'CropExplorer']
 
-# %% ../nbs/80_dashboard.ipynb #bedea173
+# %% ../nbs/80_dashboard.ipynb #c4ef70e9
 import base64
 import functools
 import html
@@ -20,13 +20,17 @@ import pandas as pd
 import panel as pn
 import panel_material_ui as pmui
 import param
+from bokeh.models import DatetimeTickFormatter
 from fastcore.basics import patch
 from hvplot.plotting import hvPlotTabular
 from .bundle import LAYERS, Bundle, bundle_path, fit_zoom, open_bundle, overlay, pixel_answer, pixel_profile
 from .cube import open_cube
 
-# %% ../nbs/80_dashboard.ipynb #63483f17
+# %% ../nbs/80_dashboard.ipynb #588cf062
 _swatch = '<i class="swatch" style="background:{}"></i>'.format # A patch of colour
+
+_meaning = {'confidence': (' %', 'Probability that the model gives to the class shown'),
+            'observations': (' clear dates', 'Dates on which a pixel was seen without cloud')} # Unit and words of each ramp
 
 def legend_html(
     bundle:Bundle, # A finished map
@@ -34,33 +38,35 @@ def legend_html(
     span:tuple=(0, 100), # Values at the ends of the ramp
 ) -> str: # A table, or a ramp with its two ends
     "What the colours of a layer mean."
-    return _classes(bundle) if layer == 'crops' else _ramp(*span, {'confidence': ' %', 'observations': ' clear dates'}[layer])
+    return _classes(bundle) if layer == 'crops' else _ramp(*span, *_meaning[layer])
 
 def _classes(bundle):
     colours, total = dict(zip(bundle.legend.ids, bundle.legend.colors)), bundle.areas.pixels.sum()
     rows = ''.join(f'<tr><td>{_swatch(html.escape(colours.get(i, "transparent")))}</td><td>{html.escape(str(a["name"]))}</td>'
-                   f'<td>{a.hectares:,.2f}</td><td>{a.pixels / total:.1%}</td></tr>'
+                   f'<td>{a.hectares:,.2f}</td><td>{_percent(a.pixels / total)}</td></tr>'
                    for i, a in bundle.areas.sort_values('pixels', ascending=False).iterrows() if a.pixels)
     head = '<tr><th></th><th scope="col">Class</th><th scope="col">Hectares</th><th scope="col">Share</th></tr>'
     return f'<table>{head}{rows}</table><p class="note">Pixel count, no interval</p>'
 
-def _ramp(low, high, unit):
+def _percent(share): return f'{share:.1%}' if share >= .001 else '&lt; 0.1%'
+
+def _ramp(low, high, unit, about):
     colours = ', '.join(mpl.colors.to_hex(c) for c in mpl.colormaps['viridis'](np.linspace(0, 1, 9)))
     return (f'<div class="ramp" style="background:linear-gradient(90deg, {colours})"></div>'
-            f'<div class="ends"><span>{low}{unit}</span><span>{high}{unit}</span></div>')
+            f'<div class="ends"><span>{low}{unit}</span><span>{high}{unit}</span></div><p class="note">{about}</p>')
 
-# %% ../nbs/80_dashboard.ipynb #e3693b8e
+# %% ../nbs/80_dashboard.ipynb #c4d11f96
 def profile_chart(
     profile:pd.DataFrame, # From `pixel_profile`
 ) -> hv.Overlay: # Crosses of cloudy dates, line and points of clear ones
     "NDVI through the season."
     hv.renderer('bokeh')
     clear, cloudy = (hvPlotTabular(t.drop(columns='clear')) for t in (profile[profile.clear], profile[~profile.clear]))
-    common = dict(x='date', y='ndvi', xlabel='', ylabel='NDVI', legend=False)
-    faint = cloudy.scatter(**common, color='#888', alpha=.45, marker='x', size=40)
+    common = dict(x='date', y='ndvi', xlabel='', ylabel='NDVI', legend=False, responsive=True, height=250)
+    faint = cloudy.scatter(**common, color='#999', marker='x', size=50)
     chart = faint * clear.line(**common, color='#43a047', line_width=2) * clear.scatter(**common, color='#43a047', size=45)
     ends = profile.date.min() - pd.Timedelta(days=7), profile.date.max() + pd.Timedelta(days=7)
-    return chart.opts(responsive=True, height=250, xlim=ends, ylim=(-.2, 1), show_grid=True, toolbar=None)
+    return chart.opts(xlim=ends, ylim=(-.2, 1.05), xformatter=DatetimeTickFormatter(months='%b\n%Y', days='%d %b'), xticks=6, show_grid=True, toolbar=None)
 
 def profile_table(
     profile:pd.DataFrame, # From `pixel_profile`
@@ -70,7 +76,7 @@ def profile_table(
     head = ''.join(f'<th scope="col">{h}</th>' for h in ('Date', 'NDVI', 'Sky'))
     return f'<details><summary>Values as a table</summary><table><tr>{head}</tr>{rows}</table></details>'
 
-# %% ../nbs/80_dashboard.ipynb #ce87be76
+# %% ../nbs/80_dashboard.ipynb #2c2caf23
 def answer_html(
     bundle:Bundle, # A finished map
     answer:dict, # From `pixel_answer`
@@ -90,7 +96,7 @@ def read_position(
     if not (abs(lat) < 90 and abs(lon) <= 180): raise ValueError(f'“{text[:40]}” is not on the globe; latitude comes first.')
     return lat, lon
 
-# %% ../nbs/80_dashboard.ipynb #f79f8427
+# %% ../nbs/80_dashboard.ipynb #d6f26836
 @functools.cache
 def _leaflet(): # The map's script as a data URL; the rest of the address that is asked for falls behind the '#'
     files = [f for f in distribution('jupyter-leaflet').files if f.as_posix().endswith('nbextensions/jupyter-leaflet/index.js')]
@@ -102,16 +108,18 @@ class LeafletPane(pn.pane.IPyLeaflet):
 
     def _get_ipywidget(self, obj, doc, root, comm, **kwargs):
         model = super()._get_ipywidget(obj, doc, root, comm, **kwargs)
-        if hasattr(model, 'cdn'): model.cdn, type(model).__css__ = _leaflet(), []
+        if hasattr(model, 'cdn'): model.cdn, model.stylesheets = _leaflet(), self.stylesheets
         return model
 
 def go_offline() -> None:
     "Prepare a served page for maps and keep it from asking for style sheets elsewhere; does nothing in a notebook."
     if not pn.state.curdoc: return
-    pn.extension('ipywidgets')
+    pn.extension('ipywidgets')                       # first, it prepares the next import
+    from ipywidgets_bokeh.widget import IPyWidget
+    IPyWidget.__css__ = []
     pn.config.css_files = [f for f in pn.config.css_files if not str(f).startswith('https://')]
 
-# %% ../nbs/80_dashboard.ipynb #e0a74f2c
+# %% ../nbs/80_dashboard.ipynb #50b9b01a
 def leaflet_map(
     bounds:tuple, # ((south, west), (north, east)), degrees
     credit:str, # Whose data
@@ -119,13 +127,13 @@ def leaflet_map(
     "A map without a background, ready for an image."
     (south, west), (north, east) = bounds
     image = ipyleaflet.ImageOverlay(url='', bounds=bounds, attribution=html.escape(credit))
-    ring = ipyleaflet.CircleMarker(location=bounds[0], radius=8, color='#111', weight=3, fill_color='#fff', fill_opacity=.6)
-    view = ipyleaflet.Map(center=((south + north) / 2, (west + east) / 2), zoom=fit_zoom(bounds, 480, 420), zoom_snap=.25, max_zoom=20,
-                          layers=(image,), scroll_wheel_zoom=True, layout=dict(height='clamp(320px, 64vh, 760px)', width='100%'))
-    view.add(ipyleaflet.ScaleControl(position='bottomleft', imperial=False))
+    ring = ipyleaflet.CircleMarker(location=bounds[0], radius=8, color='#111', weight=3, fill_color='#fff', fill_opacity=.6, stroke=False, fill=False)
+    view = ipyleaflet.Map(center=((south + north) / 2, (west + east) / 2), zoom=fit_zoom(bounds, 480, 420), zoom_snap=.1, max_zoom=20,
+                          layers=(image, ring), scroll_wheel_zoom=True, layout=dict(height='clamp(280px, min(66vh, 100vw), 760px)', width='100%'))
+    view.add(ipyleaflet.ScaleControl(position='topright', imperial=False))
     return view, image, ring
 
-# %% ../nbs/80_dashboard.ipynb #8a867b9a
+# %% ../nbs/80_dashboard.ipynb #c3fdc049
 param.parameterized.docstring_signature = param.parameterized.docstring_describe_params = False
 
 class CropExplorer(pn.viewable.Viewer):
@@ -153,7 +161,7 @@ class CropExplorer(pn.viewable.Viewer):
     def _clicked(self, **event):
         if event.get('type') == 'click': self.position = '{:.5f}, {:.5f}'.format(*event['coordinates'])
 
-# %% ../nbs/80_dashboard.ipynb #b03f8f04
+# %% ../nbs/80_dashboard.ipynb #c0823ea6
 _hint = '<p>Click the map to see what it says about a place, and how green that place was through the season.</p>'
 _style = """
 :host { color: inherit; font-size: 14px; line-height: 1.45; } p { margin: 0; overflow-wrap: anywhere; }
@@ -163,21 +171,23 @@ td:nth-child(n+3), th:nth-child(n+3) { text-align: right; font-variant-numeric: 
 .swatch { display: inline-block; width: 1.1em; height: 1.1em; border: 1px solid rgba(128, 128, 128, .8); border-radius: 3px; vertical-align: -.2em; }
 .ramp { height: 16px; border-radius: 3px; } .ends { display: flex; justify-content: space-between; }
 .note { opacity: .8; margin-top: 6px; font-size: 13px; } .answer { font-size: 16px; } summary { cursor: pointer; }
-h2 { font-size: 16px; font-weight: 500; margin: 0 0 6px; }
+h2 { font-size: 16px; font-weight: 500; margin: 12px 0 2px; }
 """
+_frame = '.leaflet-container { background: rgba(128, 128, 128, .15) !important; }' \
+    '.leaflet-image-layer { image-rendering: pixelated; } .leaflet-control, .leaflet-control a { background: #fff !important; color: #222 !important; }'
 
 def _sentence(error): return f'<p role="alert">{html.escape(str(error))}</p>' # An error as a sentence of the page
 
 def _text(words=''): # HTML that takes its colours from the page
     return pn.pane.HTML(words, stylesheets=[_style], sizing_mode='stretch_width', margin=(4, 0))
 
-# %% ../nbs/80_dashboard.ipynb #86c36f06
+# %% ../nbs/80_dashboard.ipynb #d2aafcd1
 @patch
 def _fit(self:CropExplorer, _):
     (left, top), (right, bottom) = self.map.pixel_bounds
     if right - left < 50 or bottom - top < 50: return
     self.map.unobserve(self._fit, 'pixel_bounds')
-    self.map.zoom = fit_zoom(self.image.bounds, right - left - 20, bottom - top - 20)
+    self.map.zoom = fit_zoom(self.image.bounds, right - left - 32, bottom - top - 32)
 
 @patch
 def _draw(self:CropExplorer, _):
@@ -191,31 +201,33 @@ def _look(self:CropExplorer, _):
     try:
         lat, lon = read_position(self.position)
         self.ring.location = (lat, lon)
-        if self.ring not in self.map.layers: self.map.add(self.ring)
+        self.ring.stroke = self.ring.fill = True
         self.said.object = answer_html(self.bundle, pixel_answer(self.bundle, lon, lat))
     except (OSError, ValueError) as e: self.said.object = _sentence(e); return
     try: profile = pixel_profile(open_cube(self.bundle.folder/self.bundle.run['cube']), lon, lat)
     except (OSError, ValueError) as e: self.season[:] = [_text(_sentence(e))]; return
     self.season[:] = [pn.pane.HoloViews(profile_chart(profile), sizing_mode='stretch_width'), _text(profile_table(profile))]
 
-# %% ../nbs/80_dashboard.ipynb #5a434fcb
+# %% ../nbs/80_dashboard.ipynb #44028099
 def _layout(explorer): # Map and choices, then season and legend; one below the other on a phone
     run, part = explorer.bundle.run, lambda basis, *things: pn.Column(*things, styles={'flex': basis, 'min-width': 'min(100%, 300px)'}, margin=(0, 0))
-    choices = pn.FlexBox(pmui.RadioButtonGroup.from_param(explorer.param.layer, size='small'),
-                         pmui.FloatSlider.from_param(explorer.param.opacity, size='small', width=180), gap='8px 24px', align_items='center')
-    facts = (f'Season {run["season_year"]}: {len(run["dates"])} dates from {run["dates"][0]} to {run["dates"][-1]}, model {run["model"]["name"]}. {run["source"]}.')
-    left = part('3 1 460px', choices, LeafletPane(explorer.map, sizing_mode='stretch_width'))
-    right = part('2 1 340px', pmui.TextInput.from_param(explorer.param.position, size='small', placeholder='50.8121, 3.0456', sizing_mode='stretch_width'),
+    choices = pn.FlexBox(pmui.RadioButtonGroup.from_param(explorer.param.layer, size='small', description='', width=280, margin=(4, 0), sx={'& button': {'whiteSpace': 'nowrap'}}),
+                         pmui.FloatSlider.from_param(explorer.param.opacity, size='small', description='', format='0%', width=200, margin=(4, 0)), gap='0px 32px')
+    facts = (f'Season {run["season_year"]}: {len(run["dates"])} dates from {run["dates"][0]} to {run["dates"][-1]}, model {run["model"]["name"]}. Source: {run["source"]}.')
+    left = part('3 1 460px', choices, LeafletPane(explorer.map, sizing_mode='stretch_width', margin=(4, 0), stylesheets=[_frame]))
+    right = part('2 1 340px', pmui.TextInput.from_param(explorer.param.position, size='small', description='', placeholder='50.8121, 3.0456', sizing_mode='stretch_width', margin=(12, 0)),
                  explorer.said, explorer.season, _text('<h2>Legend</h2>'), explorer.key, _text(f'<p class="note">{html.escape(facts)}</p>'))
     return pn.FlexBox(left, right, gap='8px 24px', align_items='flex-start', sizing_mode='stretch_width')
 
 def _excuse(problem): # What to do when there is no map
     make = 'Make a map with <code>make map SOURCE=catalog.json MODEL=run</code>, or name the folder of one in the variable <code>CROP2SEG_BUNDLE</code>.'
-    return _text(f'<div role="alert"><h2>There is no crop map to show</h2><p>{html.escape(problem)}.</p><p>{make}</p></div>')
+    return _text(f'<div role="alert"><h2>There is no crop map to show</h2><p>{html.escape(problem[:1].upper() + problem[1:])}.</p><p>{make}</p></div>')
 
 @patch
 def page(self:CropExplorer) -> pmui.Page: # To be served
     "The whole page."
-    green = {'palette': {'primary': {'main': '#2e7d32'}}}, {'palette': {'primary': {'main': '#81c784'}}}
-    return pmui.Page(title='crop2seg', main=[pn.Column(self, sizing_mode='stretch_width', margin=(12, 16))],
-                     theme_config=dict(zip(('light', 'dark'), green)), meta=dict(name='crop2seg', description='A crop map and the season of each pixel'))
+    look = [{'palette': {'primary': {'main': c}}, 'typography': {'button': {'textTransform': 'none'}},
+             'components': {'MuiAppBar': {'styleOverrides': {'root': {'backgroundColor': '#1b5e20 !important'}}}}} for c in ('#2e7d32', '#81c784')]
+    title = f'crop2seg · crops of {self.bundle.run["season_year"]}' if self.bundle else 'crop2seg'
+    return pmui.Page(title=title, main=[pn.Column(self, sizing_mode='stretch_width', margin=(12, 16))],
+                     theme_config=dict(zip(('light', 'dark'), look)), meta_description='A crop map and the season of each pixel')

@@ -6,7 +6,7 @@
 __all__ = ['as_batch', 'Loader', 'epoch_seed', 'SeedEpoch', 'SkipVoid', 'Track', 'Progress', 'epoch_line', 'make_learner', 'fit',
            'train', 'load_run']
 
-# %% ../nbs/52_training.ipynb #0de97f66
+# %% ../nbs/52_training.ipynb #853005e3
 import math, sys, time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from .dataset import CropDataset, collate
 from .files import load_tensors, save_tensors
 from .legend import Legend
-from .losses import class_weights, make_loss
+from .losses import class_weights, make_loss, start_at_prior
 from .metrics import confusion, scores
 from .models.zoo import build
 from .patches import read_index
@@ -34,7 +34,7 @@ from .recipe import Recipe, choose_device, choose_precision, settle
 from .runs import RUN_FILES, begin, keep_epoch, read_run, restore_state, resumable
 from .runs import same_training, start_from, training_state, write_reports
 
-# %% ../nbs/52_training.ipynb #0d106fc0
+# %% ../nbs/52_training.ipynb #94f39e5c
 def as_batch(
     samples:list, # Samples of a CropDataset
 ) -> tuple: # x, days, pad, clear, labels
@@ -46,7 +46,7 @@ class Loader(DataLoader):
     "torch's DataLoader that knows a device, as fastai wants it."
     def to(self, device): self.device = device; return self
 
-# %% ../nbs/52_training.ipynb #81f738b9
+# %% ../nbs/52_training.ipynb #f78dfa38
 def epoch_seed(
     seed:int, # Of the recipe
     epoch:int, # From 0
@@ -63,7 +63,7 @@ class SeedEpoch(Callback):
         self.dls.train.generator.manual_seed(epoch_seed(self.base, self.epoch))
         self.dls.train.dataset.epoch = self.epoch
 
-# %% ../nbs/52_training.ipynb #8860095d
+# %% ../nbs/52_training.ipynb #784f9b08
 class SkipVoid(Callback):
     "Skips training batches without any label."
     order, run_valid = -5, False
@@ -92,7 +92,7 @@ class Track(Callback):
                    seconds=round(time.time() - self.began, 2), **{k: overall[k] for k in ('oa', 'miou', 'macro_f1', 'pixels')})
         self.finish(row, per_class.set_index('name').T.to_dict())
 
-# %% ../nbs/52_training.ipynb #517db299
+# %% ../nbs/52_training.ipynb #6a5af535
 class Progress(Callback):
     "Rewrites one line of a terminal after each batch."
     order = 15 # clears its line before the line of the epoch
@@ -113,7 +113,7 @@ def epoch_line(
     if row['pixels']: line += ''.join(f"  {name} {row[key]:.3f}" for key, name in names.items())
     return line + f"  {row['seconds']:.1f} s"
 
-# %% ../nbs/52_training.ipynb #00d1ea65
+# %% ../nbs/52_training.ipynb #64b27042
 def make_learner(
     recipe:Recipe, # Settled
     run:dict, # From new_run, or of the interrupted training
@@ -130,17 +130,17 @@ def make_learner(
     train = load(data(recipe.train_folds, **varied), shuffle=True, generator=torch.Generator())
     valid = load([] if recipe.valid_fold is None else data((recipe.valid_fold,)))
     torch.manual_seed(recipe.seed)
-    model = build(run['model']['name'], **run['model']['args']).to(device)
+    counts = train.dataset.index[[f'n_{c}' for c in legend.classes]].sum().to_numpy()
+    model = start_at_prior(build(run['model']['name'], **run['model']['args']), counts).to(device)
     cbs = [TrainEvalCallback(), SeedEpoch(recipe.seed), SkipVoid(legend.void), Track(legend), GradientClip(recipe.clip)]
     if precision != 'fp32': cbs.append(MixedPrecision(precision))
-    counts = train.dataset.index[[f'n_{c}' for c in legend.classes]].sum().to_numpy()
     weights = class_weights(counts).to(device) if recipe.class_weights else None
     loss, dls = make_loss(recipe.loss, legend.void, weights, recipe.smoothing), DataLoaders(train, valid, device=device)
     learn = Learner(dls, model, loss, opt_func=Adam, wd=recipe.wd, cbs=cbs, default_cbs=False)
     learn.create_opt()
     return learn
 
-# %% ../nbs/52_training.ipynb #4b417cb0
+# %% ../nbs/52_training.ipynb #5e39bda3
 def fit(
     learn:Learner, # Ready, or restored
     recipe:Recipe, # Settled
@@ -164,7 +164,7 @@ def fit(
         epoch = learn.track.diverged + 1
         raise ValueError(f"the loss was no longer finite in epoch {epoch}; train again with a lower lr than {recipe.lr:g}")
 
-# %% ../nbs/52_training.ipynb #46570145
+# %% ../nbs/52_training.ipynb #4a2bc4a2
 @delegates(Recipe)
 def train(
     folder:str|Path, # Patch data set
@@ -193,7 +193,7 @@ def train(
     fit(learn, recipe, run, out, log, sys.stderr if progress or (progress is None and sys.stderr.isatty()) else None)
     return out
 
-# %% ../nbs/52_training.ipynb #a36b1312
+# %% ../nbs/52_training.ipynb #0917f88e
 def load_run(
     path:str|Path, # Run folder
     device:str='cpu', # Where the model shall live
