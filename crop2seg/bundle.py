@@ -6,7 +6,7 @@
 __all__ = ['LAYERS', 'Bundle', 'open_bundle', 'bundle_path', 'web_raster', 'Overlay', 'image_url', 'overlay', 'fit_zoom',
            'pixel_answer', 'pixel_profile']
 
-# %% ../nbs/72_bundle.ipynb #f8dac0fa
+# %% ../nbs/72_bundle.ipynb #ff2519ac
 import base64
 import io
 import json
@@ -31,7 +31,7 @@ from .indices import index
 from .legend import Legend, data_dir
 from .plot import label_image
 
-# %% ../nbs/72_bundle.ipynb #6902d62d
+# %% ../nbs/72_bundle.ipynb #59b92491
 @dataclass(frozen=True)
 class Bundle:
     "A finished map."
@@ -51,16 +51,16 @@ def open_bundle(
     try:
         run, areas = json.loads((folder/'run.json').read_text()), pd.read_csv(folder/'areas.csv')
         bundle = Bundle(folder, run, Legend.from_dict(run['legend']), areas.set_index('class_id'))
-        run['dates'][0], run['cube'], run['source'], run['season_year'], areas[['name', 'pixels', 'hectares']]
+        run['dates'][0], run['cube'], run['source'], run['season_year'], run['model']['name'], areas[['name', 'pixels', 'hectares']]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e: raise ValueError(f'{folder} is damaged ({e!r}); {remedy}') from e
     return bundle
 
-# %% ../nbs/72_bundle.ipynb #e07f6adc
+# %% ../nbs/72_bundle.ipynb #6f26c42d
 def bundle_path() -> Path: # A folder, which need not exist
     "Where a map is looked for when none is named."
     return Path(os.environ.get('CROP2SEG_BUNDLE') or data_dir()/'runs'/'map')
 
-# %% ../nbs/72_bundle.ipynb #3d0e68ec
+# %% ../nbs/72_bundle.ipynb #ff2c02da
 def web_raster(
     path:str|Path, # A GeoTIFF
     longest:int=1500, # About how many pixels the longer side may have
@@ -80,7 +80,7 @@ def web_raster(
             west, south, east, north = transform_bounds(v.crs, 'EPSG:4326', *v.bounds)
             return v.read(1, masked=True), ((south, west), (north, east))
 
-# %% ../nbs/72_bundle.ipynb #2877732d
+# %% ../nbs/72_bundle.ipynb #07ae15cc
 LAYERS = {'Crops': 'crops', 'Confidence': 'confidence', 'Clear dates': 'observations'} # Title of each layer, and its raster
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def overlay(
     rgba = mpl.colormaps['viridis']((values.filled(low) - float(low)) / max(1, high - low), bytes=True)
     return Overlay(image_url(np.where(np.ma.getmaskarray(values)[..., None], 0, rgba).astype('uint8')), bounds, (low, high))
 
-# %% ../nbs/72_bundle.ipynb #f394cf42
+# %% ../nbs/72_bundle.ipynb #55efebb1
 def fit_zoom(
     bounds:tuple, # ((south, west), (north, east)), degrees
     width:float, # Of the frame, pixels
@@ -120,7 +120,7 @@ def fit_zoom(
     fits = min(width / (256 * (east - west) / 360), height / (256 * (up(north) - up(south))))
     return math.floor(10 * math.log2(fits)) / 10
 
-# %% ../nbs/72_bundle.ipynb #c7ae147e
+# %% ../nbs/72_bundle.ipynb #ffde6b52
 def _cell(transform, shape, crs, lon, lat): # Row and column of a place, None outside a grid
     x, y = Transformer.from_crs('EPSG:4326', crs, always_xy=True).transform(lon, lat)
     if not (math.isfinite(x) and math.isfinite(y)): return None
@@ -143,13 +143,14 @@ def pixel_answer(
     if found['crops'] == UNSEEN: raise ValueError('No date shows this place without clouds, so the map leaves it open; choose another.')
     return dict(class_id=found['crops'], confidence=found['confidence'], looks=found['observations'])
 
-# %% ../nbs/72_bundle.ipynb #b10621a6
+# %% ../nbs/72_bundle.ipynb #bcf9598a
 def pixel_profile(
     cube:xr.Dataset, # With reflectance and clear
     lon:float, # Longitude, degrees
     lat:float, # Latitude, degrees
 ) -> pd.DataFrame: # One row a date: date, ndvi, clear
     "NDVI of one pixel through the season; ValueError outside the cube."
+    if 'clear' not in cube: raise ValueError('The cube of the map does not say which pixels were clear; make it again with crop2seg cube.')
     cell = _cell(cube.rio.transform(), (cube.sizes['y'], cube.sizes['x']), cube.rio.crs, lon, lat)
     if cell is None: raise ValueError('This place lies outside the cube of the map, so its season is not known.')
     pixel = cube[['reflectance', 'clear']].isel(y=cell[0], x=cell[1])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['place_of', 'season_of_args', 'parser', 'main', 'entry']
 
-# %% ../nbs/71_cli.ipynb #92cf2690
+# %% ../nbs/71_cli.ipynb #00f8ab2b
 import argparse
 import json
 import os
@@ -18,7 +18,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from . import __version__
 from .season import Place, Season, read_place
 
-# %% ../nbs/71_cli.ipynb #6d27572d
+# %% ../nbs/71_cli.ipynb #df419b3d
 def place_of(
     args:argparse.Namespace, # With bbox and aoi
 ) -> Place|None: # None: all that the source covers
@@ -26,19 +26,21 @@ def place_of(
     if args.bbox and args.aoi: raise ValueError('a place is given by --bbox or by --aoi; drop one of them')
     if args.aoi: return read_place(args.aoi)
     if not args.bbox: return None
-    try: return Place.from_bbox(*(float(v) for v in args.bbox.split(',')))
-    except TypeError as e: raise ValueError(f'--bbox {args.bbox} is not four numbers; give W,S,E,N in degrees') from e
+    try: west, south, east, north = (float(v) for v in args.bbox.split(','))
+    except ValueError as e: raise ValueError(f'--bbox {args.bbox} is not four numbers; give W,S,E,N in degrees') from e
+    return Place.from_bbox(west, south, east, north)
 
 def season_of_args(
     args:argparse.Namespace, # With season, start and end
 ) -> Season|None: # None: the source decides
     "The season that a command names."
     if (args.start is None) != (args.end is None): raise ValueError('--start and --end go together; give both or a --season')
-    day = date.fromisoformat
-    if args.start: return Season(args.season or day(args.end).year, day(args.start), day(args.end))
-    return Season(args.season) if args.season else None
+    if args.start is None: return Season(args.season) if args.season else None
+    try: start, end = (date.fromisoformat(d) for d in (args.start, args.end))
+    except ValueError as e: raise ValueError(f'--start {args.start} and --end {args.end} are not two days; write them as YYYY-MM-DD') from e
+    return Season(args.season or end.year, start, end)
 
-# %% ../nbs/71_cli.ipynb #52b6be98
+# %% ../nbs/71_cli.ipynb #eec54b54
 def _cube(args): # Place and season -> Zarr cube and its ledger
     "Build the cube of a place and season, with its ledger."
     from crop2seg.pipeline import make_cube
@@ -55,28 +57,32 @@ def _map(args): # Source and model -> bundle
     from crop2seg.pipeline import map_crops
     map_crops(args.source, args.out, args.model, place_of(args), season_of_args(args), args.overwrite, window=args.window, overlap=args.overlap)
 
-# %% ../nbs/71_cli.ipynb #f55e99a9
+# %% ../nbs/71_cli.ipynb #67c3d75e
 def _train(args): # Patches -> run folder(s)
     "Train a model on a patch data set."
+    from crop2seg.output import ready
     from crop2seg.patches import read_index
-    from crop2seg.pipeline import ready
     from crop2seg.training import train
     _, facts = read_index(args.data)
-    out = ready(args.out)
+    out, options = ready(args.out), _json(args.model_args)
     folds = {'all': range(1, facts['folds'] + 1), 'none': [None]}.get(args.fold) or [int(args.fold)]
     for fold in folds:
         where = out/f'fold{fold}' if args.fold == 'all' else out
         if _trained(where, args): print(f'{where} is trained already'); continue
         print(f'training {args.model}' + (f', fold {fold} held out' if fold else ' on all folds'))
-        train(args.data, where, model=args.model, model_args=json.loads(args.model_args), valid_fold=fold, epochs=args.epochs, batch_size=args.batch_size,
+        train(args.data, where, model=args.model, model_args=options, valid_fold=fold, epochs=args.epochs, batch_size=args.batch_size,
             lr=args.lr, seed=args.seed, temporal_dropout=args.temporal_dropout, resume=where.exists() and not args.overwrite, overwrite=args.overwrite)
     print(f'run folder: {out}')
+
+def _json(text): # Arguments of an architecture
+    try: return json.loads(text)
+    except json.JSONDecodeError as e: raise ValueError(f'--model-args {text} is not JSON ({e}); write it as {{"widths": [16, 16, 32]}}') from e
 
 def _trained(where, args): # Whether a run folder holds all its epochs
     state = where/'state.json'
     return not args.overwrite and state.exists() and json.loads(state.read_text())['epochs_done'] >= args.epochs
 
-# %% ../nbs/71_cli.ipynb #7fc25585
+# %% ../nbs/71_cli.ipynb #ac9e40ec
 def _evaluate(args): # Run folder(s) -> scores
     "Score runs on the folds that they have not seen."
     from crop2seg.evaluate import evaluate, evaluation_text
@@ -94,7 +100,7 @@ def _app(args): # Bundle -> dashboard
     bundle = {'CROP2SEG_BUNDLE': str(Path(args.bundle).absolute())} if args.bundle else {}
     subprocess.run([sys.executable, '-m', 'panel', 'serve', str(page), '--port', str(args.port), *show], env=os.environ | bundle, check=True)
 
-# %% ../nbs/71_cli.ipynb #c8ef2a57
+# %% ../nbs/71_cli.ipynb #42e19870
 def _where(add): # Arguments that name a place and a season
     add('--source', default='sample', help='catalog.json, STAC API address, earth-search, or a saved cube')
     add('--bbox', help='W,S,E,N in degrees'); add('--aoi', help='file with polygons of the place')
@@ -104,7 +110,7 @@ def _where(add): # Arguments that name a place and a season
 def _out(add, what): # Arguments that name an output
     add('--out', required=True, help=what); add('--overwrite', action='store_true', help='replace what is there')
 
-# %% ../nbs/71_cli.ipynb #85b01bb9
+# %% ../nbs/71_cli.ipynb #a168fa93
 def _cube_options(add):
     _where(add); _out(add, 'a .zarr folder; the ledger lies beside it')
     add('--cloud-margin', type=float, default=20., help='distance kept from clouds, metres')
@@ -138,7 +144,7 @@ def _app_options(add):
     add('bundle', nargs='?', help='folder written by crop2seg map'); add('--port', type=int, default=5006, help='of the server')
     add('--no-browser', action='store_true', help='do not open a browser')
 
-# %% ../nbs/71_cli.ipynb #c16f8cb6
+# %% ../nbs/71_cli.ipynb #a9cb2107
 def parser() -> argparse.ArgumentParser: # Of the whole command
     "The arguments of `crop2seg`."
     top = argparse.ArgumentParser('crop2seg', description='Crop maps from Sentinel-2 time series.')
@@ -152,7 +158,7 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
         verb.add_argument('--debug', action='store_true', help='show where an error arose')
     return top
 
-# %% ../nbs/71_cli.ipynb #518a6676
+# %% ../nbs/71_cli.ipynb #4dad8de9
 def main(
     argv:list[str]|None=None, # Words after `crop2seg`; None takes those of the process
 ) -> int: # 0 done, 1 error; a mistyped command exits with 2

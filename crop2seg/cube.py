@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['native_grid', 'load_cube', 'save_cube', 'open_cube']
 
-# %% ../nbs/12_cube.ipynb #9a4e81d2
-import os
-import shutil
+# %% ../nbs/12_cube.ipynb #6385d7d3
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +21,11 @@ from odc.geo.geobox import GeoBox
 from odc.loader import RioDriver, RioReader
 from .bands import BANDS, NODATA, SCALE, from_int16, reflectance
 from .harmonise import ledger, solar_day
+from .output import whole
 from .season import Place, Season, grid_of
 from .stac import band_assets, open_source, search
 
-# %% ../nbs/12_cube.ipynb #66cff8ac
+# %% ../nbs/12_cube.ipynb #90cb6678
 def native_grid(
     items:list[pystac.Item], # Scenes of the place
     place:Place=None, # Area wanted; None takes all that the scenes cover
@@ -51,14 +50,18 @@ def _footprint(item, bands): # Left, bottom, right, top of a scene in its own pr
     rows, columns = fields.get('proj:shape') or item.properties['proj:shape']
     return left, top + e * rows, left + a * columns, top
 
-# %% ../nbs/12_cube.ipynb #1d2986c9
-class _Reader(RioReader): # A reader for which 0 is missing, whatever the file says
-    def read(self, cfg, *args, **kwargs): return super().read(replace(cfg, src_nodata_override=0), *args, **kwargs)
+# %% ../nbs/12_cube.ipynb #5ef09481
+class _Reader(RioReader): # A reader for which 0 is missing, whatever the file says, and that names a file it cannot read
+    def read(self, cfg, *args, **kwargs):
+        try: return super().read(replace(cfg, src_nodata_override=0), *args, **kwargs)
+        except rasterio.errors.RasterioError as e:
+            name = self._src.uri.split('?')[0] # without the signature of a signed address
+            raise ValueError(f'{name} cannot be read ({e.__cause__ or e}); fetch it again, or leave its scene out of the catalog') from e
 
 class _ZeroIsMissing(RioDriver): # odc-stac's own driver with that reader
     def open(self, src, ctx): return _Reader(src, ctx)
 
-# %% ../nbs/12_cube.ipynb #f81eae29
+# %% ../nbs/12_cube.ipynb #91df9245
 def _plain(item, bands): # A copy of a scene whose assets are its bands, under their Sentinel-2 names
     copy, keys = item.clone(), band_assets(item, bands)
     copy.assets = {}
@@ -72,7 +75,7 @@ def _first_seen(cube): # One time step a day where scenes of different offsets s
     offset = cube.offset.groupby('time').first()
     return seen.assign(scl=seen.scl.fillna(0).astype('uint8')).assign_coords(offset=offset)
 
-# %% ../nbs/12_cube.ipynb #168eba62
+# %% ../nbs/12_cube.ipynb #ed72664b
 def load_cube(
     items:list[pystac.Item], # Scenes
     rows:pd.DataFrame, # Their ledger; scenes with status 'dropped' are left out
@@ -98,26 +101,22 @@ def _load_same(items, grid, bands, offset, chunk): # A cube of scenes that share
     days = pd.DatetimeIndex(sorted({solar_day(i) for i in items}))
     return xr.Dataset({'reflectance': boa, 'scl': raw.SCL.astype('uint8')}).assign_coords(time=days, offset=('time', [offset] * len(days)))
 
-# %% ../nbs/12_cube.ipynb #8e331412
+# %% ../nbs/12_cube.ipynb #98f241af
 def save_cube(
     cube:xr.Dataset, # As made by `load_cube`
     path:str|Path, # A new .zarr folder
     overwrite:bool=False, # Replace an existing cube
 ) -> Path: # The folder
-    "Write a cube as Zarr, all or nothing; ValueError names a file that cannot be read."
-    path, part = Path(path), Path(path).with_name(f'.{Path(path).name}.part')
+    "Write a cube as Zarr, all or nothing; ValueError if one is there, or names a file of the source that cannot be read."
+    path = Path(path)
     if path.exists() and not overwrite: raise ValueError(f'{path} exists; name another or allow overwriting')
-    shutil.rmtree(part, ignore_errors=True)
     sizes = {'time': 8, 'band': -1, 'y': 256, 'x': 256}
     tidy = cube.drop_encoding().chunk({d: sizes[d] for d in cube.dims})
     coded = {'reflectance': {'dtype': 'int16', 'scale_factor': SCALE, '_FillValue': NODATA}}
-    try: tidy.to_zarr(part, encoding=coded, zarr_format=3, consolidated=False)
-    except rasterio.errors.RasterioError as e: raise ValueError(f'an image of the source cannot be read: {e.__cause__ or e}') from e
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(part, path)
+    with whole(path) as part: tidy.to_zarr(part, encoding=coded, zarr_format=3, consolidated=False)
     return path
 
-# %% ../nbs/12_cube.ipynb #b1f40ea9
+# %% ../nbs/12_cube.ipynb #69b510a8
 def open_cube(
     path:str|Path, # A .zarr folder written by `save_cube`
 ) -> xr.Dataset: # Lazy on Dask, as `load_cube` describes it
@@ -126,4 +125,4 @@ def open_cube(
     try: cube = xr.open_zarr(path, consolidated=False, decode_coords='all', mask_and_scale=False)
     except (FileNotFoundError, KeyError, ValueError) as e: raise ValueError(f'{path} is not a cube ({e}); make one with crop2seg cube') from e
     if not {'reflectance', 'scl'} <= set(cube): raise ValueError(f'{path} is not a cube: it lacks reflectance or scl')
-    return cube.assign(reflectance=xr.apply_ufunc(from_int16, cube.reflectance, dask='parallelized', output_dtypes=['float32']))
+    return cube.assign(reflectance=xr.apply_ufunc(from_int16, cube.reflectance, keep_attrs=False, dask='parallelized', output_dtypes=['float32']))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_classes', 'strips', 'append', 'finish', 'preview']
 
-# %% ../nbs/63_export.ipynb #f9923a92
+# %% ../nbs/63_export.ipynb #7f10480d
 import os
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -18,9 +18,10 @@ from odc.geo.geobox import GeoBox
 from rasterio.windows import Window
 from .areas import UNSEEN
 from .legend import Legend
+from .output import whole
 from .plot import show_labels
 
-# %% ../nbs/63_export.ipynb #4b5095cc
+# %% ../nbs/63_export.ipynb #837209c9
 def to_classes(
     probs:Float[np.ndarray, "K h W"], # Class probabilities, NaN where nothing was seen
     seen:np.ndarray, # (h W) bool: in the place, and with at least one clear date
@@ -32,7 +33,7 @@ def to_classes(
     pick = lambda a: np.where(known, a, UNSEEN).astype('uint8')
     return pick(np.asarray(ids)[filled.argmax(0)]), pick(np.rint(100 * filled.max(0)))
 
-# %% ../nbs/63_export.ipynb #ecef9ac0
+# %% ../nbs/63_export.ipynb #fb9003dd
 def strips(
     path:str|Path, # A temporary GeoTIFF
     grid:GeoBox, # Of the map
@@ -51,7 +52,7 @@ def append(
     "Write some rows."
     raster.write(values, 1, window=Window(0, row, values.shape[1], values.shape[0]))
 
-# %% ../nbs/63_export.ipynb #08755d73
+# %% ../nbs/63_export.ipynb #104cc83b
 def finish(
     temporary:str|Path, # A closed raster from `strips`; it is removed
     path:str|Path, # The final .tif
@@ -66,10 +67,9 @@ def finish(
         if legend: f.write_colormap(1, legend.colortable() | {UNSEEN: (0, 0, 0, 0)})
     rasterio.shutil.copy(temporary, frame, driver='VRT')
     if legend: frame.write_text(_named(frame.read_text(), legend))
-    part = path.with_name(f'.{path.name}')
-    rasterio.shutil.copy(frame, part, driver='COG', compress='deflate', overview_resampling=overviews, bigtiff='if_safer')
-    for suffix in ('.aux.xml', ''):
-        if (source := Path(f'{part}{suffix}')).exists(): os.replace(source, f'{path}{suffix}')
+    with whole(path) as part:
+        rasterio.shutil.copy(frame, part, driver='COG', compress='deflate', overview_resampling=overviews, bigtiff='if_safer')
+        if (names := Path(f'{part}.aux.xml')).exists(): os.replace(names, f'{path}.aux.xml')
     for old in (temporary, frame, Path(f'{temporary}.aux.xml')): old.unlink(missing_ok=True)
     return path
 
@@ -78,7 +78,7 @@ def _named(vrt, legend): # Class names into the description of a raster
     rows = ''.join(f'<Category>{names.get(i, "")}</Category>' for i in range(max(legend.ids) + 1))
     return vrt.replace('<ColorInterp>', f'<CategoryNames>{rows}</CategoryNames><ColorInterp>', 1)
 
-# %% ../nbs/63_export.ipynb #3fbb35aa
+# %% ../nbs/63_export.ipynb #8f2f0159
 def preview(
     crops:str|Path, # The finished class map
     path:str|Path, # A .png
@@ -98,7 +98,6 @@ def preview(
     ax.plot([0, km * 100 / thin], [values.shape[0] * 1.03] * 2, color='k', lw=3, clip_on=False)
     ax.text(0, values.shape[0] * 1.06, f'{km:g} km, north is up, {code}\n{source}', fontsize=7, va='top')
     ax.set_title(title)
-    fig.savefig(part := Path(path).with_name(f'.{Path(path).name}'), format='png')
+    with whole(path) as part: fig.savefig(part, format='png')
     plt.close(fig)
-    os.replace(part, path)
     return Path(path)

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['baseline_of', 'evidence', 'offset_of', 'solar_day', 'ledger', 'write_ledger']
 
-# %% ../nbs/11_harmonise.ipynb #6c9c3ad2
-import os
+# %% ../nbs/11_harmonise.ipynb #dd6110c6
 import re
 from datetime import timedelta
 from pathlib import Path
 import pandas as pd
 import pystac
 from .bands import BANDS
+from .output import whole
 from .season import Season
 from .stac import band_assets, scene_table
 
-# %% ../nbs/11_harmonise.ipynb #65d6e256
+# %% ../nbs/11_harmonise.ipynb #f7171b3f
 def baseline_of(
     item:pystac.Item, # One scene
 ) -> str|None: # Processing baseline such as '05.09'; None if the item does not say
@@ -27,7 +27,7 @@ def baseline_of(
     match = next((m for n in names if n and (m := re.search(r'_N(\d\d)(\d\d)_', n))), None)
     return match and f'{match[1]}.{match[2]}'
 
-# %% ../nbs/11_harmonise.ipynb #6fecc5f2
+# %% ../nbs/11_harmonise.ipynb #b9c05f9f
 def evidence(
     item:pystac.Item, # One scene
     bands:tuple=BANDS, # Bands that will be read
@@ -42,7 +42,7 @@ def evidence(
     if flag: votes = {k: v for k, v in votes.items() if k != 'baseline'} | {'boa_offset_applied': 0}
     return votes
 
-# %% ../nbs/11_harmonise.ipynb #09d65767
+# %% ../nbs/11_harmonise.ipynb #b0f3b426
 def offset_of(
     item:pystac.Item, # One scene
     bands:tuple=BANDS, # Bands that will be read
@@ -56,7 +56,7 @@ def offset_of(
     if (offset := next(iter(votes.values()))) in (0, -1000): return offset
     raise ValueError(f'scene {item.id} has an offset of {offset}, which no Sentinel-2 product uses; its reflectance cannot be known')
 
-# %% ../nbs/11_harmonise.ipynb #a428a6d1
+# %% ../nbs/11_harmonise.ipynb #da8c8050
 def solar_day(
     item:pystac.Item, # One scene
 ) -> pd.Timestamp: # Day at the longitude of the scene, without time zone
@@ -64,7 +64,7 @@ def solar_day(
     west, _, east, _ = item.bbox
     return pd.Timestamp(item.datetime.replace(tzinfo=None) + timedelta(hours=(west + east) / 30)).normalize()
 
-# %% ../nbs/11_harmonise.ipynb #2d3abf40
+# %% ../nbs/11_harmonise.ipynb #b961d1dc
 def ledger(
     items:list[pystac.Item], # All that the source offered
     season:Season, # Dates that are wanted
@@ -84,13 +84,11 @@ def _judge(item, day, season, bands): # (offset, status, reason) of one scene
     except ValueError as e: return pd.NA, 'dropped', str(e)
     return offset_of(item, bands), 'kept', ''
 
-# %% ../nbs/11_harmonise.ipynb #7d07772e
+# %% ../nbs/11_harmonise.ipynb #48483234
 def write_ledger(
     rows:pd.DataFrame, # As made by `ledger`
     path:str|Path, # A csv file
 ) -> Path: # The file
     "Write a ledger as csv, all or nothing."
-    path = Path(path)
-    rows.to_csv(temporary := path.with_name(f'.{path.name}.part'), index=False)
-    os.replace(temporary, path)
-    return path
+    with whole(path) as part: rows.to_csv(part, index=False)
+    return Path(path)

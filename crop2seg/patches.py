@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['PARTS', 'corners', 'spatial_folds', 'cut', 'write_dataset', 'read_index', 'read_patch']
 
-# %% ../nbs/31_patches.ipynb #36867ac3
+# %% ../nbs/31_patches.ipynb #9eae6a61
 import hashlib
 import json
-import shutil
 from pathlib import Path
 import geopandas as gpd
 import numpy as np
@@ -20,8 +19,9 @@ from shapely.geometry import box
 from tqdm import tqdm
 from .bands import to_int16
 from .legend import Legend
+from .output import whole
 
-# %% ../nbs/31_patches.ipynb #7be3025d
+# %% ../nbs/31_patches.ipynb #e140dd62
 def corners(
     height:int, # Of the cube, pixels
     width:int, # Of the cube, pixels
@@ -30,7 +30,7 @@ def corners(
     "Upper left corners of the patches that tile a cube."
     return [(r, c) for r in range(0, height, size) for c in range(0, width, size)]
 
-# %% ../nbs/31_patches.ipynb #aa3187f3
+# %% ../nbs/31_patches.ipynb #57350333
 def spatial_folds(
     x:np.ndarray, # Centres of the patches, metres
     y:np.ndarray, # Centres of the patches, metres
@@ -45,7 +45,7 @@ def spatial_folds(
         raise ValueError(f'the patches lie in {len(blocks)} block(s) of {block:g} m, fewer than {folds} folds; take smaller blocks or fewer folds')
     return (np.random.default_rng(seed).permutation(len(blocks)) % folds + 1)[member.ravel()]
 
-# %% ../nbs/31_patches.ipynb #7d30e6c8
+# %% ../nbs/31_patches.ipynb #c38bfd0f
 def cut(
     cube:xr.Dataset, # With reflectance and clear
     labels:Int[np.ndarray, "H W"], # Class ids
@@ -63,7 +63,7 @@ def cut(
     return dict(series=fill(to_int16(part.reflectance.values), to_int16(np.float32('nan'))), clear=fill(part.clear.values, False),
                 labels=fill(labels[rows, columns], void), parcels=fill(ids[rows, columns], 0), dates=part.time.dt.strftime('%Y-%m-%d').values.tolist())
 
-# %% ../nbs/31_patches.ipynb #1c5fdec6
+# %% ../nbs/31_patches.ipynb #d9d15c08
 PARTS = ('series', 'labels', 'parcels', 'clear') # Arrays of a patch, each a folder of .npy files
 
 def write_dataset(
@@ -80,22 +80,20 @@ def write_dataset(
     seed:int=0, # Order in which blocks are dealt to folds
 ) -> Path: # The folder
     "Cut a cube into a patch data set, all or nothing; ValueError if no patch is left."
-    out, part = Path(out), Path(out).with_name(f'.{Path(out).name}.part')
-    if out.exists(): raise ValueError(f'{out} exists; name a new folder for the data set')
-    shutil.rmtree(part, ignore_errors=True)
-    for name in PARTS: (part/name).mkdir(parents=True)
+    if (out := Path(out)).exists(): raise ValueError(f'{out} exists; name a new folder for the data set')
     sha, rows = hashlib.sha256(), []
-    for rc in tqdm(_labelled(labels, size, legend.void, labelled), desc='patches', disable=None):
-        if patch := cut(cube, labels, ids, rc, size, legend.void): rows.append(_save(patch, part, rc, size, cube, legend, sha))
-    if not rows: raise ValueError(f'no patch has {labelled:.0%} of its pixels labelled and a clear date; take smaller patches or a lower share')
-    index = _index(rows, cube, block, folds, seed)
-    facts = dict(name=out.name, legend=legend.to_dict(), bands=cube.band.values.tolist(), season_year=season_year, patch_size=size,
-                 folds=folds, block_m=block, seed=seed, source=cube.attrs.get('source', ''), fingerprint=sha.hexdigest()[:16])
-    index.to_parquet(part/'index.parquet')
-    (part/'dataset.json').write_text(json.dumps(facts, indent=1))
-    return part.rename(out)
+    with whole(out) as part:
+        for name in PARTS: (part/name).mkdir(parents=True)
+        for rc in tqdm(_labelled(labels, size, legend.void, labelled), desc='patches', disable=None):
+            if patch := cut(cube, labels, ids, rc, size, legend.void): rows.append(_save(patch, part, rc, size, cube, legend, sha))
+        if not rows: raise ValueError(f'no patch has {labelled:.0%} of its pixels labelled and a clear date; take smaller patches or a lower share')
+        _index(rows, cube, block, folds, seed).to_parquet(part/'index.parquet')
+        facts = dict(name=out.name, legend=legend.to_dict(), bands=cube.band.values.tolist(), season_year=season_year, patch_size=size,
+                     folds=folds, block_m=block, seed=seed, source=cube.attrs.get('source', ''), fingerprint=sha.hexdigest()[:16])
+        (part/'dataset.json').write_text(json.dumps(facts, indent=1))
+    return out
 
-# %% ../nbs/31_patches.ipynb #0b759f6c
+# %% ../nbs/31_patches.ipynb #fc72e00a
 def _labelled(labels, size, void, share): # Corners of the patches that carry enough labels
     count = lambda r, c: (labels[r:r + size, c:c + size] != void).sum()
     return [rc for rc in corners(*labels.shape, size) if count(*rc) >= max(1, share * size**2)]
@@ -118,7 +116,7 @@ def _index(rows, cube, block, folds, seed): # The table of patches
     index.insert(2, 'epsg', cube.rio.crs.to_epsg())
     return index
 
-# %% ../nbs/31_patches.ipynb #be80d968
+# %% ../nbs/31_patches.ipynb #92904d1c
 def read_index(
     folder:str|Path, # A data set written by `write_dataset`
 ) -> tuple[gpd.GeoDataFrame, dict]: # Table of patches, and the content of dataset.json
