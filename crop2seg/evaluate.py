@@ -6,7 +6,7 @@
 __all__ = ['SHARED', 'SCORES', 'predict_patches', 'pixel_features', 'fit_forest', 'group_runs', 'shared_parcels',
            'forest_patches', 'tally_patches', 'protocol_note', 'collect', 'evaluate', 'evaluation_text']
 
-# %% ../nbs/53_evaluate.ipynb #4b61ba41
+# %% ../nbs/53_evaluate.ipynb #445b6758
 import textwrap
 from collections.abc import Iterator
 from functools import reduce
@@ -16,6 +16,7 @@ import numpy as np, pandas as pd, torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from .bands import NODATA, SCALE
+from torch.utils.data import DataLoader
 from .dataset import CropDataset
 from .files import write_json
 from .legend import Legend
@@ -25,9 +26,9 @@ from .patches import read_index, read_patch
 from .recipe import choose_device
 from .runs import check_held_out, may_score, read_run
 from .season import Season
-from .training import Loader, as_batch, load_run
+from .training import as_batch, load_run
 
-# %% ../nbs/53_evaluate.ipynb #e672084b
+# %% ../nbs/53_evaluate.ipynb #0746733a
 @torch.no_grad()
 def predict_patches(
     run:str|Path, # Run folder
@@ -42,11 +43,11 @@ def predict_patches(
     may_score(about, read_index(folder)[1], folds, run)
     data = CropDataset(folder, tuple(folds), stats=about['stats'])
     names = iter(data.index.patch_id)
-    for batch in Loader(data, batch_size=batch_size, collate_fn=as_batch):
+    for batch in DataLoader(data, batch_size=batch_size, collate_fn=as_batch):
         *inputs, _ = (a.to(device) for a in batch)
         for probs in model(*inputs).float().softmax(1).cpu().numpy(): yield next(names), probs
 
-# %% ../nbs/53_evaluate.ipynb #83cb4abe
+# %% ../nbs/53_evaluate.ipynb #f8c9f45c
 def pixel_features(
     folder:Path, # Patch data set
     row, # Row of its index
@@ -77,7 +78,7 @@ def fit_forest(
     forest = PixelForest(len(legend.classes), n_jobs=n_jobs, seed=seed)
     return forest.fit(np.concatenate(features), np.concatenate(labels), legend.void)
 
-# %% ../nbs/53_evaluate.ipynb #eea738a7
+# %% ../nbs/53_evaluate.ipynb #3c546c7c
 SHARED = ('epochs', 'batch_size', 'lr', 'wd', 'clip', 'seed', 'augment', 'temporal_dropout', 'loss', 'class_weights',
           'smoothing', 'select')
 
@@ -106,7 +107,7 @@ def group_runs(
         if splits[other] != splits[first]: raise ValueError(f"{first} and {other} stand on different folds; use the same")
     return rows
 
-# %% ../nbs/53_evaluate.ipynb #ed256f7c
+# %% ../nbs/53_evaluate.ipynb #65130828
 def shared_parcels(
     folder:Path, # Patch data set
     train_folds, # Folds trained on
@@ -120,7 +121,7 @@ def shared_parcels(
     test = parcels([test_fold])
     return len(test & parcels(train_folds)), len(test)
 
-# %% ../nbs/53_evaluate.ipynb #52df178d
+# %% ../nbs/53_evaluate.ipynb #1f2d39ff
 def forest_patches(
     forest:PixelForest, # Fitted
     folder:Path, # Patch data set
@@ -144,7 +145,7 @@ def tally_patches(
         tally.add(np.array(patch['labels']), np.array(patch['parcels']), probs)
     return tally
 
-# %% ../nbs/53_evaluate.ipynb #2cc6f7ea
+# %% ../nbs/53_evaluate.ipynb #efea1d21
 def protocol_note(
     facts:dict, # dataset.json
     splits:dict, # Held-out fold -> training folds
@@ -167,7 +168,7 @@ def protocol_note(
         f"{shared[0]} of {shared[1]} parcels of the test folds also have pixels in the training folds.",
         "Parcel accuracy is for known outlines; ECE is the expected calibration error over ten bins."])
 
-# %% ../nbs/53_evaluate.ipynb #252a4891
+# %% ../nbs/53_evaluate.ipynb #58b6b77f
 SCORES = ('oa', 'miou', 'macro_f1', 'parcels_oa', 'ece', 'pixels', 'parcels')
 
 def collect(
@@ -196,7 +197,7 @@ def collect(
         write_json(Path(out)/'evaluation.json', plain)
     return result
 
-# %% ../nbs/53_evaluate.ipynb #3a08cdea
+# %% ../nbs/53_evaluate.ipynb #2d71fedb
 def evaluate(
     runs, # Run folder, list of run folders, or dict of row name -> list of run folders
     folder:str|Path, # Patch data set they were trained on
@@ -224,7 +225,7 @@ def evaluate(
     shared = [shared_parcels(folder, v, k) for k, v in splits.items()]
     return collect(tallies, facts, splits, about, shared, out)
 
-# %% ../nbs/53_evaluate.ipynb #5624d230
+# %% ../nbs/53_evaluate.ipynb #c1c4b545
 def evaluation_text(
     evaluation:dict, # From `evaluate`
     width:int=100, # Columns
