@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['season_of', 'note_clear', 'make_cube', 'take', 'make_dataset', 'find_run', 'paint', 'describe', 'map_crops']
 
-# %% ../nbs/70_pipeline.ipynb #f59e81bf
+# %% ../nbs/70_pipeline.ipynb #a79f6b42
 import hashlib
 import json
 import os
@@ -37,7 +37,7 @@ from .season import Place, Season, grid_of
 from .stac import open_source, search
 from .training import load_run, train
 
-# %% ../nbs/70_pipeline.ipynb #1e31643c
+# %% ../nbs/70_pipeline.ipynb #a6105ce9
 def season_of(
     items:list, # Scenes
 ) -> Season: # The season most of them belong to
@@ -45,7 +45,7 @@ def season_of(
     years = Counter(y for i in items for y in (i.datetime.year, i.datetime.year + 1) if Season(y).contains([i.datetime])[0])
     return Season(max(years, key=lambda y: (years[y], y)))
 
-# %% ../nbs/70_pipeline.ipynb #12c8d9f1
+# %% ../nbs/70_pipeline.ipynb #b8028e89
 def note_clear(
     rows:pd.DataFrame, # A ledger
     share:xr.DataArray, # (time) clear share of each date
@@ -58,7 +58,7 @@ def note_clear(
     rows.loc[cloudy, 'status'] = 'dropped'
     return rows
 
-# %% ../nbs/70_pipeline.ipynb #560f5cb3
+# %% ../nbs/70_pipeline.ipynb #a03da89b
 def make_cube(
     source:str|Path, # As `open_source` takes it
     out:str|Path, # A .zarr folder
@@ -80,17 +80,17 @@ def make_cube(
     rows = ledger(items, season, bands)
     kept = [i for i, status in zip(items, rows.status) if status != 'dropped']
     if not kept: raise ValueError(f'no scene of {source} can be used: {"; ".join(rows.reason.unique()[:3])}')
-    cube = add_clear(load_cube(kept, rows, native_grid(kept, place, bands), bands), margin)
-    share = clear_share(cube)
+    cube = load_cube(kept, rows, native_grid(kept, place, bands), bands)
+    share = clear_share(cube, margin)
     rows = note_clear(rows, share, least)
     log(f'season {season.year}: {len(items)} scenes, {int((share >= least).sum())} dates kept, grid {cube.sizes["y"]} x {cube.sizes["x"]}')
-    cube = drop_cloudy(cube, share, least)
+    cube = add_clear(drop_cloudy(cube, share, least), margin)
     cube.attrs |= dict(season_year=season.year, source=str(source), simulated='crop2seg:simulated' in kept[0].properties, request=request)
     save_cube(cube, out, overwrite=True)
     write_ledger(rows, book)
     return out
 
-# %% ../nbs/70_pipeline.ipynb #ed17bf25
+# %% ../nbs/70_pipeline.ipynb #a06569af
 def take(
     source:str|Path, # A saved cube, or anything `make_cube` takes
     work:str|Path, # Where a cube is made if the source is none
@@ -110,7 +110,7 @@ def take(
     if not part.sizes['x'] * part.sizes['y']: raise ValueError(f'the place lies outside cube {source}; choose a place within it')
     return part
 
-# %% ../nbs/70_pipeline.ipynb #10311b79
+# %% ../nbs/70_pipeline.ipynb #d1177f6c
 def make_dataset(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # New folder of patches
@@ -132,7 +132,7 @@ def make_dataset(
     image, ids = burn(table, grid, 0 if complete else legend.void) if parcels else read_labels(labels, grid, legend)
     return write_dataset(cube, image, ids, out, legend, int(cube.attrs['season_year']), **kwargs)
 
-# %% ../nbs/70_pipeline.ipynb #2d0b8551
+# %% ../nbs/70_pipeline.ipynb #54ec95c5
 def find_run(
     model:str|Path|None, # A run folder or the name of a bundled one
 ) -> Path: # A run folder
@@ -143,7 +143,7 @@ def find_run(
     offer = f'one of {", ".join(bundled)}, or ' if bundled else ''
     raise FileNotFoundError(f'{"no model was named" if model is None else f"there is no model {model}"}; give --model {offer}a folder written by crop2seg train')
 
-# %% ../nbs/70_pipeline.ipynb #75a42044
+# %% ../nbs/70_pipeline.ipynb #26cf025f
 def paint(
     cube:xr.Dataset, # With reflectance and clear
     model, # In eval mode
@@ -175,7 +175,7 @@ def _inside(place, grid): # Pixels whose centre lies in the place
     local = transform_geom('EPSG:4326', grid.crs.to_wkt(), place.geometry.__geo_interface__)
     return geometry_mask([local], grid.shape, grid.affine, invert=True)
 
-# %% ../nbs/70_pipeline.ipynb #89a70835
+# %% ../nbs/70_pipeline.ipynb #84292291
 def _digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] # Fingerprint of a file
 
 def _state(out, request): # 'free', 'same' or 'other'
@@ -200,7 +200,7 @@ def _keep_inputs(source, kept, bundle): # The ledger and, if it was made for thi
     if beside.exists(): shutil.copyfile(beside, bundle/'ledger.csv')
     if made: os.replace(kept, bundle/'cube.zarr')
 
-# %% ../nbs/70_pipeline.ipynb #425151e9
+# %% ../nbs/70_pipeline.ipynb #944d6bd7
 def describe(
     cube:xr.Dataset, # That was mapped
     run:dict, # run.json of the model
@@ -215,7 +215,7 @@ def describe(
                 legend=run['legend'], crs=cube.rio.crs.to_string(), transform=list(cube.rio.transform())[:6], mapped_pixels=total,
                 cube=str(Path(source).absolute()) if Path(source).suffix == '.zarr' else 'cube.zarr', note='Areas are counts of pixels, without an interval.')
 
-# %% ../nbs/70_pipeline.ipynb #d69b44d7
+# %% ../nbs/70_pipeline.ipynb #473e22aa
 def map_crops(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # Folder of the bundle
