@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['place_of', 'season_of_args', 'parser', 'main', 'entry']
 
-# %% ../nbs/71_cli.ipynb #00f8ab2b
+# %% ../nbs/71_cli.ipynb #bdc5571b
 import argparse
 import json
 import os
@@ -18,7 +18,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from . import __version__
 from .season import Place, Season, read_place
 
-# %% ../nbs/71_cli.ipynb #df419b3d
+# %% ../nbs/71_cli.ipynb #afc56f15
 def place_of(
     args:argparse.Namespace, # With bbox and aoi
 ) -> Place|None: # None: all that the source covers
@@ -40,7 +40,7 @@ def season_of_args(
     except ValueError as e: raise ValueError(f'--start {args.start} and --end {args.end} are not two days; write them as YYYY-MM-DD') from e
     return Season(args.season or end.year, start, end)
 
-# %% ../nbs/71_cli.ipynb #eec54b54
+# %% ../nbs/71_cli.ipynb #849b5728
 def _cube(args): # Place and season -> Zarr cube and its ledger
     "Build the cube of a place and season, with its ledger."
     from crop2seg.pipeline import make_cube
@@ -57,7 +57,7 @@ def _map(args): # Source and model -> bundle
     from crop2seg.pipeline import map_crops
     map_crops(args.source, args.out, args.model, place_of(args), season_of_args(args), args.overwrite, window=args.window, overlap=args.overlap)
 
-# %% ../nbs/71_cli.ipynb #67c3d75e
+# %% ../nbs/71_cli.ipynb #ed287381
 def _train(args): # Patches -> run folder(s)
     "Train a model on a patch data set."
     from crop2seg.output import ready
@@ -65,7 +65,7 @@ def _train(args): # Patches -> run folder(s)
     from crop2seg.training import train
     _, facts = read_index(args.data)
     out, options = ready(args.out), _json(args.model_args)
-    folds = {'all': range(1, facts['folds'] + 1), 'none': [None]}.get(args.fold) or [int(args.fold)]
+    folds = {'all': range(1, facts['folds'] + 1), 'none': [None]}.get(args.fold) or [args.fold]
     for fold in folds:
         where = out/f'fold{fold}' if args.fold == 'all' else out
         if _trained(where, args): print(f'{where} is trained already'); continue
@@ -82,7 +82,7 @@ def _trained(where, args): # Whether a run folder holds all its epochs
     state = where/'state.json'
     return not args.overwrite and state.exists() and json.loads(state.read_text())['epochs_done'] >= args.epochs
 
-# %% ../nbs/71_cli.ipynb #ac9e40ec
+# %% ../nbs/71_cli.ipynb #ad58b00c
 def _evaluate(args): # Run folder(s) -> scores
     "Score runs on the folds that they have not seen."
     from crop2seg.evaluate import evaluate, evaluation_text
@@ -100,7 +100,7 @@ def _app(args): # Bundle -> dashboard
     bundle = {'CROP2SEG_BUNDLE': str(Path(args.bundle).absolute())} if args.bundle else {}
     subprocess.run([sys.executable, '-m', 'panel', 'serve', str(page), '--port', str(args.port), *show], env=os.environ | bundle, check=True)
 
-# %% ../nbs/71_cli.ipynb #42e19870
+# %% ../nbs/71_cli.ipynb #660b2dd4
 def _where(add): # Arguments that name a place and a season
     add('--source', default='sample', help='catalog.json, STAC API address, earth-search, or a saved cube')
     add('--bbox', help='W,S,E,N in degrees'); add('--aoi', help='file with polygons of the place')
@@ -110,7 +110,7 @@ def _where(add): # Arguments that name a place and a season
 def _out(add, what): # Arguments that name an output
     add('--out', required=True, help=what); add('--overwrite', action='store_true', help='replace what is there')
 
-# %% ../nbs/71_cli.ipynb #a168fa93
+# %% ../nbs/71_cli.ipynb #94dfde06
 def _cube_options(add):
     _where(add); _out(add, 'a .zarr folder; the ledger lies beside it')
     add('--cloud-margin', type=float, default=20., help='distance kept from clouds, metres')
@@ -125,10 +125,12 @@ def _dataset_options(add):
     add('--block', type=float, default=10_000, help='edge of a spatial block, metres'); add('--seed', type=int, default=0, help='order of blocks')
     add('--min-labelled', type=float, default=.05, help='least labelled share of a patch')
 
+def _fold(text): return text if text in ('all', 'none') else int(text) # A fold of train
+
 def _train_options(add):
     add('--data', required=True, help='folder of patches'); _out(add, 'run folder, or folder of one run a fold')
     add('--model', default='timeunet', help='architecture'); add('--model-args', default='{}', help='JSON of its arguments')
-    add('--fold', default='all', help='fold held out: a number, all (each in turn) or none'); add('--epochs', type=int, default=30, help='passes')
+    add('--fold', type=_fold, default='all', help='fold held out: a number, all (each in turn) or none'); add('--epochs', type=int, default=30, help='passes')
     add('--batch-size', type=int, default=4, help='patches'); add('--lr', type=float, default=2e-3, help='peak learning rate')
     add('--temporal-dropout', type=float, default=.2, help='share of dates left out at random'); add('--seed', type=int, default=0, help='of everything random')
 
@@ -144,7 +146,7 @@ def _app_options(add):
     add('bundle', nargs='?', help='folder written by crop2seg map'); add('--port', type=int, default=5006, help='of the server')
     add('--no-browser', action='store_true', help='do not open a browser')
 
-# %% ../nbs/71_cli.ipynb #a9cb2107
+# %% ../nbs/71_cli.ipynb #c5b7b3fb
 def parser() -> argparse.ArgumentParser: # Of the whole command
     "The arguments of `crop2seg`."
     top = argparse.ArgumentParser('crop2seg', description='Crop maps from Sentinel-2 time series.')
@@ -158,7 +160,7 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
         verb.add_argument('--debug', action='store_true', help='show where an error arose')
     return top
 
-# %% ../nbs/71_cli.ipynb #4dad8de9
+# %% ../nbs/71_cli.ipynb #8fa5ceca
 def main(
     argv:list[str]|None=None, # Words after `crop2seg`; None takes those of the process
 ) -> int: # 0 done, 1 error; a mistyped command exits with 2
