@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['place_of', 'season_of_args', 'parser', 'main', 'entry']
 
-# %% ../nbs/71_cli.ipynb #bdc5571b
+# %% ../nbs/71_cli.ipynb #22214aad
 import argparse
 import json
 import os
@@ -18,7 +18,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from . import __version__
 from .season import Place, Season, read_place
 
-# %% ../nbs/71_cli.ipynb #afc56f15
+# %% ../nbs/71_cli.ipynb #242ef1a6
 def place_of(
     args:argparse.Namespace, # With bbox and aoi
 ) -> Place|None: # None: all that the source covers
@@ -38,9 +38,11 @@ def season_of_args(
     if args.start is None: return Season(args.season) if args.season else None
     try: start, end = (date.fromisoformat(d) for d in (args.start, args.end))
     except ValueError as e: raise ValueError(f'--start {args.start} and --end {args.end} are not two days; write them as YYYY-MM-DD') from e
-    return Season(args.season or end.year, start, end)
+    year = start.year + (start.month >= 9)                  # from September on, the harvest is next year's
+    if not args.season and end > date(year, 10, 31): raise ValueError(f'{start} to {end} lie in more than one season; add --season, the year of harvest')
+    return Season(args.season or year, start, end)
 
-# %% ../nbs/71_cli.ipynb #849b5728
+# %% ../nbs/71_cli.ipynb #a5cdaf3e
 def _cube(args): # Place and season -> Zarr cube and its ledger
     "Build the cube of a place and season, with its ledger."
     from crop2seg.pipeline import make_cube
@@ -57,32 +59,33 @@ def _map(args): # Source and model -> bundle
     from crop2seg.pipeline import map_crops
     map_crops(args.source, args.out, args.model, place_of(args), season_of_args(args), args.overwrite, window=args.window, overlap=args.overlap)
 
-# %% ../nbs/71_cli.ipynb #ed287381
+# %% ../nbs/71_cli.ipynb #0626ee83
 def _train(args): # Patches -> run folder(s)
     "Train a model on a patch data set."
     from crop2seg.output import ready
     from crop2seg.patches import read_index
     from crop2seg.training import train
     _, facts = read_index(args.data)
-    out, options = ready(args.out), _json(args.model_args)
+    out, options = ready(args.out), _architecture(args)
     folds = {'all': range(1, facts['folds'] + 1), 'none': [None]}.get(args.fold) or [args.fold]
     for fold in folds:
         where = out/f'fold{fold}' if args.fold == 'all' else out
-        if _trained(where, args): print(f'{where} is trained already'); continue
         print(f'training {args.model}' + (f', fold {fold} held out' if fold else ' on all folds'))
         train(args.data, where, model=args.model, model_args=options, valid_fold=fold, epochs=args.epochs, batch_size=args.batch_size,
             lr=args.lr, seed=args.seed, temporal_dropout=args.temporal_dropout, resume=where.exists() and not args.overwrite, overwrite=args.overwrite)
     print(f'run folder: {out}')
 
-def _json(text): # Arguments of an architecture
-    try: return json.loads(text)
-    except json.JSONDecodeError as e: raise ValueError(f'--model-args {text} is not JSON ({e}); write it as {{"widths": [16, 16, 32]}}') from e
+def _architecture(args): # Arguments of the network, tried before anything is written
+    from crop2seg.models.zoo import build
+    try: options = json.loads(args.model_args)
+    except json.JSONDecodeError as e: raise ValueError(f'--model-args {args.model_args} is not JSON ({e}); write it as {{"widths": [16, 16, 32]}}') from e
+    if not isinstance(options, dict) or {'n_classes', 'n_bands'} & set(options):
+        raise ValueError(f'--model-args {args.model_args} must be a JSON object without n_classes and n_bands, which the data decide')
+    try: build(args.model, n_classes=2, n_bands=2, **options)
+    except (TypeError, RuntimeError) as e: raise ValueError(f'--model-args {args.model_args} do not make a {args.model} ({e})') from e
+    return options
 
-def _trained(where, args): # Whether a run folder holds all its epochs
-    state = where/'state.json'
-    return not args.overwrite and state.exists() and json.loads(state.read_text())['epochs_done'] >= args.epochs
-
-# %% ../nbs/71_cli.ipynb #ad58b00c
+# %% ../nbs/71_cli.ipynb #90c70fd7
 def _evaluate(args): # Run folder(s) -> scores
     "Score runs on the folds that they have not seen."
     from crop2seg.evaluate import evaluate, evaluation_text
@@ -100,39 +103,46 @@ def _app(args): # Bundle -> dashboard
     bundle = {'CROP2SEG_BUNDLE': str(Path(args.bundle).absolute())} if args.bundle else {}
     subprocess.run([sys.executable, '-m', 'panel', 'serve', str(page), '--port', str(args.port), *show], env=os.environ | bundle, check=True)
 
-# %% ../nbs/71_cli.ipynb #660b2dd4
+# %% ../nbs/71_cli.ipynb #735b0f4a
+def _number(kind, least, most=float('inf')): # A number in a range, for argparse
+    def number(text):
+        if not least <= (value := kind(text)) <= most: raise ValueError
+        return value
+    number.__name__ = f'number from {least} to {most}'
+    return number
+
 def _where(add): # Arguments that name a place and a season
     add('--source', default='sample', help='catalog.json, STAC API address, earth-search, or a saved cube')
     add('--bbox', help='W,S,E,N in degrees'); add('--aoi', help='file with polygons of the place')
-    add('--season', type=int, help='year of harvest; by default the one most scenes belong to')
+    add('--season', type=_number(int, 1985, 2100), help='year of harvest; by default the one most scenes belong to')
     add('--start', help='first day, YYYY-MM-DD'); add('--end', help='last day, YYYY-MM-DD')
 
 def _out(add, what): # Arguments that name an output
     add('--out', required=True, help=what); add('--overwrite', action='store_true', help='replace what is there')
 
-# %% ../nbs/71_cli.ipynb #94dfde06
+# %% ../nbs/71_cli.ipynb #8108a837
 def _cube_options(add):
     _where(add); _out(add, 'a .zarr folder; the ledger lies beside it')
-    add('--cloud-margin', type=float, default=20., help='distance kept from clouds, metres')
-    add('--min-clear', type=float, default=.05, help='dates with a smaller clear share are dropped')
+    add('--cloud-margin', type=_number(float, 0, 10_000), default=20., help='distance kept from clouds, metres')
+    add('--min-clear', type=_number(float, 0, 1), default=.05, help='dates with a smaller clear share are dropped')
 
 def _dataset_options(add):
     _where(add); add('--out', required=True, help='new folder of patches')
     add('--parcels', help='vector file of declared parcels'); add('--labels', help='raster of class ids')
     add('--column', default='class_id', help='column of the parcels that holds the class')
     add('--complete', action='store_true', help='the parcels are a complete register: land outside is Background')
-    add('--size', type=int, default=128, help='edge of a patch, pixels'); add('--folds', type=int, default=5, help='spatial folds')
-    add('--block', type=float, default=10_000, help='edge of a spatial block, metres'); add('--seed', type=int, default=0, help='order of blocks')
-    add('--min-labelled', type=float, default=.05, help='least labelled share of a patch')
+    add('--size', type=_number(int, 1, 4096), default=128, help='edge of a patch, pixels'); add('--folds', type=_number(int, 1, 1000), default=5, help='spatial folds')
+    add('--block', type=_number(float, 1), default=10_000, help='edge of a spatial block, metres'); add('--seed', type=_number(int, 0, 2**31), default=0, help='order of blocks')
+    add('--min-labelled', type=_number(float, 0, 1), default=.05, help='least labelled share of a patch')
 
 def _fold(text): return text if text in ('all', 'none') else int(text) # A fold of train
 
 def _train_options(add):
     add('--data', required=True, help='folder of patches'); _out(add, 'run folder, or folder of one run a fold')
     add('--model', default='timeunet', help='architecture'); add('--model-args', default='{}', help='JSON of its arguments')
-    add('--fold', type=_fold, default='all', help='fold held out: a number, all (each in turn) or none'); add('--epochs', type=int, default=30, help='passes')
-    add('--batch-size', type=int, default=4, help='patches'); add('--lr', type=float, default=2e-3, help='peak learning rate')
-    add('--temporal-dropout', type=float, default=.2, help='share of dates left out at random'); add('--seed', type=int, default=0, help='of everything random')
+    add('--fold', type=_fold, default='all', help='fold held out: a number, all (each in turn) or none'); add('--epochs', type=_number(int, 1), default=30, help='passes')
+    add('--batch-size', type=_number(int, 1), default=4, help='patches'); add('--lr', type=_number(float, 1e-8, 1), default=2e-3, help='peak learning rate')
+    add('--temporal-dropout', type=_number(float, 0, 1), default=.2, help='share of dates left out at random'); add('--seed', type=_number(int, 0, 2**31), default=0, help='of everything random')
 
 def _evaluate_options(add):
     add('--data', required=True, help='folder of patches'); add('--run', required=True, help='a run folder, or a folder of them')
@@ -140,13 +150,13 @@ def _evaluate_options(add):
 
 def _map_options(add):
     _where(add); add('--model', help='run folder or name of a bundled model'); _out(add, 'folder of the bundle')
-    add('--window', type=int, default=128, help='edge of a window, pixels'); add('--overlap', type=int, default=32, help='of windows, pixels')
+    add('--window', type=_number(int, 1), default=128, help='edge of a window, pixels'); add('--overlap', type=_number(int, 0), default=32, help='of windows, pixels')
 
 def _app_options(add):
-    add('bundle', nargs='?', help='folder written by crop2seg map'); add('--port', type=int, default=5006, help='of the server')
+    add('bundle', nargs='?', help='folder written by crop2seg map'); add('--port', type=_number(int, 0, 65_535), default=5006, help='of the server')
     add('--no-browser', action='store_true', help='do not open a browser')
 
-# %% ../nbs/71_cli.ipynb #c5b7b3fb
+# %% ../nbs/71_cli.ipynb #f63f3a7a
 def parser() -> argparse.ArgumentParser: # Of the whole command
     "The arguments of `crop2seg`."
     top = argparse.ArgumentParser('crop2seg', description='Crop maps from Sentinel-2 time series.')
@@ -160,12 +170,12 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
         verb.add_argument('--debug', action='store_true', help='show where an error arose')
     return top
 
-# %% ../nbs/71_cli.ipynb #8fa5ceca
+# %% ../nbs/71_cli.ipynb #aac3e5e9
 def main(
     argv:list[str]|None=None, # Words after `crop2seg`; None takes those of the process
 ) -> int: # 0 done, 1 error; a mistyped command exits with 2
     "Run one verb."
-    args = parser().parse_args(argv)
+    args = parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     warnings.simplefilter('ignore', NotGeoreferencedWarning)
     try: args.do(args)
     except KeyboardInterrupt: print('stopped; the same command goes on from here', file=sys.stderr); return 1
@@ -176,6 +186,10 @@ def main(
         print(f'crop2seg: {text}' if expected else f'crop2seg: {type(e).__name__}: {text}; --debug shows where', file=sys.stderr)
         return 1
     return 0
+
+def _joined(words): # --bbox -5,50,-4,51 as one word, which argparse would take for an option
+    pairs = zip(['', *words], words)
+    return [f'--bbox={w}' if before == '--bbox' else w for before, w in pairs if w != '--bbox']
 
 def entry(): # The console script
     "Run one verb of the command line and exit."

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CLEAR', 'clear_of', 'add_clear', 'clear_share', 'drop_cloudy', 'observations']
 
-# %% ../nbs/13_clouds.ipynb #9826ba2c
+# %% ../nbs/13_clouds.ipynb #b61311ad
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Int
 from scipy.ndimage import distance_transform_edt
 from .bands import SCL
 
-# %% ../nbs/13_clouds.ipynb #edda8738
+# %% ../nbs/13_clouds.ipynb #a0896593
 CLEAR = tuple(SCL.index[SCL.clear]) # Scene classes that show the ground
 
 def clear_of(
@@ -27,7 +27,7 @@ def clear_of(
     if good.ndim > 2: return np.stack([clear_of(s, classes, margin, res) for s in scl])
     return distance_transform_edt(good) * res > margin
 
-# %% ../nbs/13_clouds.ipynb #675978bb
+# %% ../nbs/13_clouds.ipynb #27e7e87a
 def add_clear(
     cube:xr.Dataset, # With reflectance and scl
     margin:float=20., # Distance kept from unusable pixels, metres
@@ -39,13 +39,14 @@ def _clear_scl(cube, margin): # Clear by the scene classification alone
     scl = cube.scl.chunk({'y': -1, 'x': -1}) if cube.scl.chunks else cube.scl
     return xr.apply_ufunc(clear_of, scl, kwargs={'margin': margin}, dask='parallelized', output_dtypes=[bool])
 
-# %% ../nbs/13_clouds.ipynb #a727cce5
+# %% ../nbs/13_clouds.ipynb #7d596dea
 def clear_share(
     cube:xr.Dataset, # With scl
     margin:float=20., # Distance kept from unusable pixels, metres
 ) -> xr.DataArray: # (time), 0 to 1, in memory
-    "Share of the place that was seen on each date, from the scene classification."
-    return _clear_scl(cube, margin).mean(('y', 'x')).compute()
+    "Share of the place, as far as the source covers it, that was seen on each date, from the scene classification."
+    covered = (cube.scl != 0).any('time')
+    return (_clear_scl(cube, margin).sum(('y', 'x')) / covered.sum().clip(1)).compute()
 
 def drop_cloudy(
     cube:xr.Dataset, # With a time axis
@@ -57,7 +58,7 @@ def drop_cloudy(
         raise ValueError(f'no date is at least {least:.0%} clear (the best is {float(share.max()):.0%}); lower the threshold or widen the season')
     return cube.isel(time=keep)
 
-# %% ../nbs/13_clouds.ipynb #16b97ba3
+# %% ../nbs/13_clouds.ipynb #f008d627
 def observations(
     cube:xr.Dataset, # With clear
 ) -> xr.DataArray: # (y, x) uint16

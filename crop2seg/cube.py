@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['native_grid', 'load_cube', 'save_cube', 'open_cube']
 
-# %% ../nbs/12_cube.ipynb #6385d7d3
+# %% ../nbs/12_cube.ipynb #252b4d7b
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .output import whole
 from .season import Place, Season, grid_of
 from .stac import band_assets, open_source, search
 
-# %% ../nbs/12_cube.ipynb #90cb6678
+# %% ../nbs/12_cube.ipynb #859823d4
 def native_grid(
     items:list[pystac.Item], # Scenes of the place
     place:Place=None, # Area wanted; None takes all that the scenes cover
@@ -50,7 +50,7 @@ def _footprint(item, bands): # Left, bottom, right, top of a scene in its own pr
     rows, columns = fields.get('proj:shape') or item.properties['proj:shape']
     return left, top + e * rows, left + a * columns, top
 
-# %% ../nbs/12_cube.ipynb #5ef09481
+# %% ../nbs/12_cube.ipynb #e3562b1f
 class _Reader(RioReader): # A reader for which 0 is missing, whatever the file says, and that names a file it cannot read
     def read(self, cfg, *args, **kwargs):
         try: return super().read(replace(cfg, src_nodata_override=0), *args, **kwargs)
@@ -61,7 +61,7 @@ class _Reader(RioReader): # A reader for which 0 is missing, whatever the file s
 class _ZeroIsMissing(RioDriver): # odc-stac's own driver with that reader
     def open(self, src, ctx): return _Reader(src, ctx)
 
-# %% ../nbs/12_cube.ipynb #91df9245
+# %% ../nbs/12_cube.ipynb #1f5f1ce1
 def _plain(item, bands): # A copy of a scene whose assets are its bands, under their Sentinel-2 names
     copy, keys = item.clone(), band_assets(item, bands)
     copy.assets = {}
@@ -75,7 +75,9 @@ def _first_seen(cube): # One time step a day where scenes of different offsets s
     offset = cube.offset.groupby('time').first()
     return seen.assign(scl=seen.scl.fillna(0).astype('uint8')).assign_coords(offset=offset)
 
-# %% ../nbs/12_cube.ipynb #ed72664b
+# %% ../nbs/12_cube.ipynb #131da5e5
+_LIMIT = np.float32(3.2767) # Largest reflectance that is kept: the largest 16-bit integer, scaled
+
 def load_cube(
     items:list[pystac.Item], # Scenes
     rows:pd.DataFrame, # Their ledger; scenes with status 'dropped' are left out
@@ -97,11 +99,11 @@ def _load_same(items, grid, bands, offset, chunk): # A cube of scenes that share
                         groupby=lambda item, parsed, index: solar_day(item), chunks={'time': 1, 'x': chunk, 'y': chunk}, driver=_ZeroIsMissing(),
                         dtype='uint16', resampling={'SCL': 'nearest', '*': 'cubic'})
     dn = raw[list(bands)].to_array('band').transpose('time', 'band', 'y', 'x')
-    boa = xr.apply_ufunc(reflectance, dn, kwargs={'offset': offset}, dask='parallelized', output_dtypes=['float32'])
+    boa = xr.apply_ufunc(reflectance, dn, kwargs={'offset': offset}, dask='parallelized', output_dtypes=['float32']).clip(-_LIMIT, _LIMIT)
     days = pd.DatetimeIndex(sorted({solar_day(i) for i in items}))
     return xr.Dataset({'reflectance': boa, 'scl': raw.SCL.astype('uint8')}).assign_coords(time=days, offset=('time', [offset] * len(days)))
 
-# %% ../nbs/12_cube.ipynb #98f241af
+# %% ../nbs/12_cube.ipynb #8eef3ffc
 def save_cube(
     cube:xr.Dataset, # As made by `load_cube`
     path:str|Path, # A new .zarr folder
@@ -109,6 +111,7 @@ def save_cube(
 ) -> Path: # The folder
     "Write a cube as Zarr, all or nothing; ValueError if one is there, or names a file of the source that cannot be read."
     path = Path(path)
+    if path.suffix != '.zarr': raise ValueError(f'{path} does not end in .zarr; a cube is recognised by that ending')
     if path.exists() and not overwrite: raise ValueError(f'{path} exists; name another or allow overwriting')
     sizes = {'time': 8, 'band': -1, 'y': 256, 'x': 256}
     tidy = cube.drop_encoding().chunk({d: sizes[d] for d in cube.dims})
@@ -116,7 +119,7 @@ def save_cube(
     with whole(path) as part: tidy.to_zarr(part, encoding=coded, zarr_format=3, consolidated=False)
     return path
 
-# %% ../nbs/12_cube.ipynb #69b510a8
+# %% ../nbs/12_cube.ipynb #3ec86185
 def open_cube(
     path:str|Path, # A .zarr folder written by `save_cube`
 ) -> xr.Dataset: # Lazy on Dask, as `load_cube` describes it

@@ -6,7 +6,7 @@
 __all__ = ['SHARED', 'SCORES', 'predict_patches', 'pixel_features', 'fit_forest', 'group_runs', 'shared_parcels',
            'forest_patches', 'tally_patches', 'protocol_note', 'collect', 'evaluate', 'evaluation_text']
 
-# %% ../nbs/53_evaluate.ipynb #445b6758
+# %% ../nbs/53_evaluate.ipynb #32bc1d17
 import textwrap
 from collections.abc import Iterator
 from functools import reduce
@@ -28,7 +28,7 @@ from .runs import check_held_out, may_score, read_run
 from .season import Season
 from .training import as_batch, load_run
 
-# %% ../nbs/53_evaluate.ipynb #0746733a
+# %% ../nbs/53_evaluate.ipynb #ea502db2
 @torch.no_grad()
 def predict_patches(
     run:str|Path, # Run folder
@@ -47,7 +47,7 @@ def predict_patches(
         *inputs, _ = (a.to(device) for a in batch)
         for probs in model(*inputs).float().softmax(1).cpu().numpy(): yield next(names), probs
 
-# %% ../nbs/53_evaluate.ipynb #f8c9f45c
+# %% ../nbs/53_evaluate.ipynb #ea46dc0c
 def pixel_features(
     folder:Path, # Patch data set
     row, # Row of its index
@@ -78,7 +78,7 @@ def fit_forest(
     forest = PixelForest(len(legend.classes), n_jobs=n_jobs, seed=seed)
     return forest.fit(np.concatenate(features), np.concatenate(labels), legend.void)
 
-# %% ../nbs/53_evaluate.ipynb #3c546c7c
+# %% ../nbs/53_evaluate.ipynb #c8bbd61e
 SHARED = ('epochs', 'batch_size', 'lr', 'wd', 'clip', 'seed', 'augment', 'temporal_dropout', 'loss', 'class_weights',
           'smoothing', 'select')
 
@@ -107,21 +107,20 @@ def group_runs(
         if splits[other] != splits[first]: raise ValueError(f"{first} and {other} stand on different folds; use the same")
     return rows
 
-# %% ../nbs/53_evaluate.ipynb #65130828
+# %% ../nbs/53_evaluate.ipynb #651e8161
 def shared_parcels(
     folder:Path, # Patch data set
-    train_folds, # Folds trained on
-    test_fold:int, # Fold held out
-) -> tuple[int, int]: # Parcels of the test fold that also have pixels in the training folds, parcels of the test fold
-    "Count parcels that lie on both sides of a split."
+    splits:dict, # Held-out fold -> training folds
+) -> tuple[int, int]: # Parcels of the test folds that also have pixels in their training folds, parcels of the test folds
+    "Count parcels that lie on both sides of a split, each once."
     index, _ = read_index(folder)
     def parcels(folds):
         names = index.patch_id[index.fold.isin(folds)]
         return {int(i) for p in names for i in np.unique(read_patch(folder, p)['parcels'])} - {0}
-    test = parcels([test_fold])
-    return len(test & parcels(train_folds)), len(test)
+    tested = [(parcels([fold]), parcels(train)) for fold, train in splits.items()]
+    return len(set().union(*(a & b for a, b in tested))), len(set().union(*(a for a, _ in tested)))
 
-# %% ../nbs/53_evaluate.ipynb #1f2d39ff
+# %% ../nbs/53_evaluate.ipynb #48476aa5
 def forest_patches(
     forest:PixelForest, # Fitted
     folder:Path, # Patch data set
@@ -145,7 +144,7 @@ def tally_patches(
         tally.add(np.array(patch['labels']), np.array(patch['parcels']), probs)
     return tally
 
-# %% ../nbs/53_evaluate.ipynb #efea1d21
+# %% ../nbs/53_evaluate.ipynb #13760b9b
 def protocol_note(
     facts:dict, # dataset.json
     splits:dict, # Held-out fold -> training folds
@@ -168,7 +167,7 @@ def protocol_note(
         f"{shared[0]} of {shared[1]} parcels of the test folds also have pixels in the training folds.",
         "Parcel accuracy is for known outlines; ECE is the expected calibration error over ten bins."])
 
-# %% ../nbs/53_evaluate.ipynb #58b6b77f
+# %% ../nbs/53_evaluate.ipynb #8bba1039
 SCORES = ('oa', 'miou', 'macro_f1', 'parcels_oa', 'ece', 'pixels', 'parcels')
 
 def collect(
@@ -176,7 +175,7 @@ def collect(
     facts:dict, # dataset.json
     splits:dict, # Held-out fold -> training folds
     about:list, # run.json of the runs
-    shared:list, # (Parcels on both sides, parcels) of each held-out fold
+    shared:tuple[int, int], # As `shared_parcels` counts them
     out:str|Path|None=None, # Folder for evaluation.json
 ) -> dict: # As `evaluate`
     "Tables, matrices and note of an evaluation, written when told where."
@@ -184,20 +183,19 @@ def collect(
     each = {(name, k): t for name, folds in tallies.items() for k, t in folds.items()}
     def table(ts, names):
         return pd.DataFrame([t.summary() for t in ts.values()], pd.Index(ts))[list(SCORES)].rename_axis(names)
-    both = tuple(int(n) for n in np.sum(shared, 0))
     result = dict(overall=table(pooled, 'model'), per_fold=table(each, ['model', 'fold']),
         per_class=pd.concat({name: scores(t.cm, t.legend)[1] for name, t in pooled.items()}, names=['model']),
         confusion={name: t.cm for name, t in pooled.items()},
-        protocol=dict(data=facts['name'], fingerprint=facts['fingerprint'], splits=splits, shared_parcels=both,
+        protocol=dict(data=facts['name'], fingerprint=facts['fingerprint'], splits=splits, shared_parcels=shared,
                       legend=facts['legend'], recipes=[r['training'] | dict(history=None) for r in about]),
-        note=protocol_note(facts, splits, about, next(iter(pooled.values())).summary(), both))
+        note=protocol_note(facts, splits, about, next(iter(pooled.values())).summary(), shared))
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
         plain = {k: v.reset_index().to_dict('records') if isinstance(v, pd.DataFrame) else v for k, v in result.items()}
         write_json(Path(out)/'evaluation.json', plain)
     return result
 
-# %% ../nbs/53_evaluate.ipynb #2d71fedb
+# %% ../nbs/53_evaluate.ipynb #72a82653
 def evaluate(
     runs, # Run folder, list of run folders, or dict of row name -> list of run folders
     folder:str|Path, # Patch data set they were trained on
@@ -222,10 +220,9 @@ def evaluate(
     if baseline:
         forests = {k: fit_forest(folder, v, max_pixels, about[0]['training']['seed'], n_jobs) for k, v in splits.items()}
         tallies['random forest'] = {k: tally_patches(forest_patches(f, folder, [k]), folder, legend) for k, f in forests.items()}
-    shared = [shared_parcels(folder, v, k) for k, v in splits.items()]
-    return collect(tallies, facts, splits, about, shared, out)
+    return collect(tallies, facts, splits, about, shared_parcels(folder, splits), out)
 
-# %% ../nbs/53_evaluate.ipynb #c1c4b545
+# %% ../nbs/53_evaluate.ipynb #e39bda76
 def evaluation_text(
     evaluation:dict, # From `evaluate`
     width:int=100, # Columns

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['json_safe', 'write_json', 'save_tensors', 'load_tensors']
 
-# %% ../nbs/37_files.ipynb #0727a805
+# %% ../nbs/37_files.ipynb #9a062045
 import json, math, os
 from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../nbs/37_files.ipynb #bf136ba7
+# %% ../nbs/37_files.ipynb #413331d3
 def json_safe(
     a, # Anything of dicts, lists, numbers and numpy scalars
 ): # The same, with NaN as None and tuples as lists
@@ -32,7 +32,7 @@ def write_json(
     os.replace(part, path)
     return path
 
-# %% ../nbs/37_files.ipynb #6e3edadc
+# %% ../nbs/37_files.ipynb #9d7f07ef
 def save_tensors(
     path:Path, # Target, ends in .safetensors
     tensors:dict, # Name -> tensor
@@ -42,6 +42,7 @@ def save_tensors(
     path, part = Path(path), Path(f'{path}.part')
     own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     save_file(own, part, {'note': json.dumps(json_safe(note or {}))})
+    part.chmod(0o644) # safetensors keeps its files to their owner
     os.replace(part, path)
     return path
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['baseline_of', 'evidence', 'offset_of', 'solar_day', 'ledger', 'write_ledger']
 
-# %% ../nbs/11_harmonise.ipynb #dd6110c6
+# %% ../nbs/11_harmonise.ipynb #c7713ccf
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from .output import whole
 from .season import Season
 from .stac import band_assets, scene_table
 
-# %% ../nbs/11_harmonise.ipynb #f7171b3f
+# %% ../nbs/11_harmonise.ipynb #990b404e
 def baseline_of(
     item:pystac.Item, # One scene
 ) -> str|None: # Processing baseline such as '05.09'; None if the item does not say
@@ -27,7 +27,7 @@ def baseline_of(
     match = next((m for n in names if n and (m := re.search(r'_N(\d\d)(\d\d)_', n))), None)
     return match and f'{match[1]}.{match[2]}'
 
-# %% ../nbs/11_harmonise.ipynb #b9c05f9f
+# %% ../nbs/11_harmonise.ipynb #a14d4405
 def evidence(
     item:pystac.Item, # One scene
     bands:tuple=BANDS, # Bands that will be read
@@ -35,14 +35,26 @@ def evidence(
     "What each part of the metadata says about the offset of a scene."
     votes, base, flag = {}, baseline_of(item), item.properties.get('earthsearch:boa_offset_applied')
     if flag is None: flag = item.properties.get('sentinel:boa_offset_applied')
-    if base: votes['baseline'] = -1000 if base >= '04.00' else 0
+    if base: votes['baseline'] = -1000 if _version(base, item) >= (4, 0) else 0
     for band, key in band_assets(item, bands).items():
-        info = (item.assets[key].extra_fields.get('raster:bands') or [{}])[0]
-        if band != 'SCL' and 'offset' in info: votes[f'raster:bands {band}'] = round(info['offset'] * 10_000)
+        offset, scale = (_raster(item.assets[key], k) for k in ('offset', 'scale'))
+        if band != 'SCL' and offset is not None: votes[f'raster:bands {band}'] = round(offset * 10_000)
+        if band != 'SCL' and scale not in (None, 1e-4): raise ValueError(f'scene {item.id} has a scale of {scale} in {band}, not 0.0001; its reflectance cannot be known')
     if flag: votes = {k: v for k, v in votes.items() if k != 'baseline'} | {'boa_offset_applied': 0}
     return votes
 
-# %% ../nbs/11_harmonise.ipynb #b0f3b426
+# %% ../nbs/11_harmonise.ipynb #4fad6d34
+def _version(text, item): # Baseline as two numbers
+    if match := re.fullmatch(r'N?(\d{1,2})\.?(\d{2})', str(text)): return int(match[1]), int(match[2])
+    raise ValueError(f'scene {item.id} has a processing baseline {text!r}, which is none; its reflectance cannot be known')
+
+def _raster(asset, name): # offset or scale of an asset, wherever its version of STAC keeps it; None if it does not say
+    fields = asset.extra_fields
+    places = [*(fields.get('raster:bands') or [])[:1], *(fields.get('bands') or [])[:1], fields]
+    found = [p[k] for p in places for k in ((f'raster:{name}',) if p is fields else (name, f'raster:{name}')) if p.get(k) is not None]
+    return found[0] if found else None
+
+# %% ../nbs/11_harmonise.ipynb #964fe447
 def offset_of(
     item:pystac.Item, # One scene
     bands:tuple=BANDS, # Bands that will be read
@@ -56,7 +68,7 @@ def offset_of(
     if (offset := next(iter(votes.values()))) in (0, -1000): return offset
     raise ValueError(f'scene {item.id} has an offset of {offset}, which no Sentinel-2 product uses; its reflectance cannot be known')
 
-# %% ../nbs/11_harmonise.ipynb #da8c8050
+# %% ../nbs/11_harmonise.ipynb #d5336970
 def solar_day(
     item:pystac.Item, # One scene
 ) -> pd.Timestamp: # Day at the longitude of the scene, without time zone
@@ -64,7 +76,7 @@ def solar_day(
     west, _, east, _ = item.bbox
     return pd.Timestamp(item.datetime.replace(tzinfo=None) + timedelta(hours=(west + east) / 30)).normalize()
 
-# %% ../nbs/11_harmonise.ipynb #b961d1dc
+# %% ../nbs/11_harmonise.ipynb #52dc8c60
 def ledger(
     items:list[pystac.Item], # All that the source offered
     season:Season, # Dates that are wanted
@@ -84,7 +96,7 @@ def _judge(item, day, season, bands): # (offset, status, reason) of one scene
     except ValueError as e: return pd.NA, 'dropped', str(e)
     return offset_of(item, bands), 'kept', ''
 
-# %% ../nbs/11_harmonise.ipynb #48483234
+# %% ../nbs/11_harmonise.ipynb #85ab6527
 def write_ledger(
     rows:pd.DataFrame, # As made by `ledger`
     path:str|Path, # A csv file

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['starts', 'taper', 'check_fit', 'window_probs', 'predict_map']
 
-# %% ../nbs/60_mapping.ipynb #308e4f35
+# %% ../nbs/60_mapping.ipynb #6f7feefe
 from collections.abc import Iterator
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .dataset import normalise
 from .season import Season
 
-# %% ../nbs/60_mapping.ipynb #907e2200
+# %% ../nbs/60_mapping.ipynb #964fbe22
 def starts(
     length:int, # Of the cube along one axis, pixels
     window:int, # Of a window, pixels
@@ -26,7 +26,7 @@ def starts(
     if length <= window: return [0]
     return np.linspace(0, length - window, 1 + -(-(length - window) // (window - overlap))).round().astype(int).tolist()
 
-# %% ../nbs/60_mapping.ipynb #76c30137
+# %% ../nbs/60_mapping.ipynb #b004ddbe
 def taper(
     height:int, # Of a window, pixels
     width:int, # Of a window, pixels
@@ -36,7 +36,7 @@ def taper(
     ramp = lambda n: np.sin(np.pi / 2 * np.minimum(1, (np.minimum(np.arange(n), np.arange(n)[::-1]) + .5) / max(overlap, .5)))**2
     return np.outer(ramp(height), ramp(width)).astype('float32')
 
-# %% ../nbs/60_mapping.ipynb #5fee86fe
+# %% ../nbs/60_mapping.ipynb #7835e0a8
 def check_fit(
     cube:xr.Dataset, # To be mapped
     run:dict, # The run.json of a trained model
@@ -45,11 +45,12 @@ def check_fit(
     have, want = cube.band.values.tolist(), list(run['bands'])
     if have != want: raise ValueError(f'the model was trained on {", ".join(want)}, the cube holds {", ".join(have)}; make a cube with the bands of the model')
     if 'clear' not in cube or 'season_year' not in cube.attrs: raise ValueError('the cube lacks its clear observations or its season; make it with crop2seg cube')
+    if any(len(run['stats'].get(k, ())) != len(want) for k in ('mean', 'std')): raise ValueError('the run folder lacks the mean and std of its bands; copy it again')
     legend, outputs = run['legend'], run['model']['args']['n_classes']
     known = [i for i in legend['ids'] if i != legend['void']]
     if len(known) != outputs: raise ValueError(f'the model has {outputs} outputs, its legend {len(known)} classes; the run folder is inconsistent')
 
-# %% ../nbs/60_mapping.ipynb #f6cdfea0
+# %% ../nbs/60_mapping.ipynb #d25412d9
 def window_probs(
     part:xr.Dataset, # A window of a cube: reflectance and clear
     model:torch.nn.Module, # model(x, days, pad, clear) -> logits
@@ -65,7 +66,7 @@ def window_probs(
     batch = [a[None].to(device) for a in (x, days, torch.zeros(len(days), dtype=torch.bool), torch.from_numpy(part.clear.values))]
     with torch.inference_mode(): return model(*batch).softmax(1)[0].float().cpu().numpy()
 
-# %% ../nbs/60_mapping.ipynb #8cab7519
+# %% ../nbs/60_mapping.ipynb #e7d64ad9
 def predict_map(
     cube:xr.Dataset, # With reflectance and clear, and the attribute season_year
     model:torch.nn.Module, # In eval mode

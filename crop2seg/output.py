@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ready', 'whole', 'remove']
 
-# %% ../nbs/07_output.ipynb #1504ba40
+# %% ../nbs/07_output.ipynb #b71515bb
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/07_output.ipynb #0f0f27ca
+# %% ../nbs/07_output.ipynb #72f5e01f
 def ready(
     out:str|Path, # What will be written: a file or a folder
 ) -> Path: # The same, absolute; its parent exists
@@ -20,12 +21,11 @@ def ready(
     out = Path(out).absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        (probe := out.with_name(f'.{out.name}.probe')).mkdir()
-        probe.rmdir()
+        Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent)).rmdir()
     except OSError as e: raise ValueError(f'cannot write to {out.parent} ({e.strerror}); choose a folder that you may write to') from e
     return out
 
-# %% ../nbs/07_output.ipynb #398006bd
+# %% ../nbs/07_output.ipynb #0167c81d
 @contextmanager
 def whole(
     path:str|Path, # File or folder to be written
@@ -33,11 +33,12 @@ def whole(
     "Write a file or folder completely or not at all; an older one is replaced at the end."
     path = Path(path)
     part, old = (path.with_name(f'.{path.name}.{kind}') for kind in ('part', 'old'))
-    remove(part)
-    try: yield part
+    remove(part); remove(old)
+    try:
+        yield part
+        if path.is_dir(): os.replace(path, old)
+        os.replace(part, path)
     except BaseException: remove(part); raise
-    if path.is_dir(): os.replace(path, old)
-    os.replace(part, path)
     remove(old)
 
 def remove(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_parcels', 'burn', 'read_labels', 'connected']
 
-# %% ../nbs/30_parcels.ipynb #eefe3a5f
+# %% ../nbs/30_parcels.ipynb #d7898887
 from pathlib import Path
 import geopandas as gpd
 import numpy as np
@@ -18,7 +18,7 @@ from rasterio.features import rasterize
 from scipy.ndimage import label as components
 from .legend import Legend
 
-# %% ../nbs/30_parcels.ipynb #0cd2ed07
+# %% ../nbs/30_parcels.ipynb #073fe47b
 def read_parcels(
     path:str|Path, # GeoPackage, GeoParquet, Shapefile or GeoJSON
     legend:Legend, # Its ids are the valid classes
@@ -41,7 +41,7 @@ def _read_vector(path): # A table with geometries
     except (pyogrio.errors.DataSourceError, ValueError, OSError) as e:
         raise ValueError(f'{path} cannot be read as parcels ({type(e).__name__}); give a GeoPackage, GeoParquet, Shapefile or GeoJSON') from e
 
-# %% ../nbs/30_parcels.ipynb #f6b6fd8e
+# %% ../nbs/30_parcels.ipynb #59fa5833
 def burn(
     parcels:gpd.GeoDataFrame, # As read by `read_parcels`
     grid:GeoBox, # Of the cube
@@ -55,7 +55,7 @@ def burn(
     if not ids.any(): raise ValueError('no parcel covers a pixel of the cube; do the parcels and the cube show the same place?')
     return burn_one(local.class_id, outside, 'uint8'), ids
 
-# %% ../nbs/30_parcels.ipynb #0f3a2df6
+# %% ../nbs/30_parcels.ipynb #ab00de1e
 def read_labels(
     path:str|Path, # Raster of class ids
     grid:GeoBox, # Of the cube
@@ -64,9 +64,10 @@ def read_labels(
     "Labels of a grid from a raster on the same pixels; ValueError if it lies elsewhere."
     if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist; give a raster of class ids')
     try:
-        with rasterio.open(path) as f: values, where, code = f.read(1), f.transform, f.crs
+        with rasterio.open(path) as f: values, where, code, missing = f.read(1), f.transform, f.crs, f.nodata
     except rasterio.errors.RasterioError as e: raise ValueError(f'{path} cannot be read as a raster ({e.__cause__ or e})') from e
     row, column = _position(path, where, code, grid)
+    if missing is not None: values = np.where(np.isnan(values) if np.isnan(missing) else values == missing, legend.void, values)
     if len(bad := np.setdiff1d(values, legend.ids)): raise ValueError(f'{path} holds {bad[:5].tolist()}, not classes of the legend')
     labels = np.full(grid.shape, legend.void, 'uint8')
     rows, columns = (slice(max(0, s), max(0, min(n, s + m))) for s, n, m in zip((row, column), grid.shape, values.shape))
@@ -78,11 +79,11 @@ def _position(path, where, code, grid): # Row and column of a raster's corner on
     if code is None or code.to_epsg() != grid.crs.epsg:
         raise ValueError(f'{path} is in {code and code.to_string()}, the cube in EPSG:{grid.crs.epsg}; reproject the labels with nearest neighbour first')
     column, row = ~grid.affine * (where.c, where.f)
-    same = np.allclose([where.a, where.e, column % 1, row % 1], [grid.affine.a, grid.affine.e, 0, 0], atol=1e-6)
+    same = np.allclose([*where[:2], *where[3:5], column, row], [*grid.affine[:2], *grid.affine[3:5], round(column), round(row)], atol=1e-3)
     if not same: raise ValueError(f'{path} does not lie on the 10 m pixels of the cube; align it with nearest neighbour first')
     return round(row), round(column)
 
-# %% ../nbs/30_parcels.ipynb #7ffe5871
+# %% ../nbs/30_parcels.ipynb #422d1baa
 def connected(
     labels:Int[np.ndarray, "H W"], # Class ids
     void:int, # Not an area

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['season_of', 'note_clear', 'make_cube', 'take', 'make_dataset', 'find_run', 'paint', 'describe', 'map_crops']
 
-# %% ../nbs/70_pipeline.ipynb #a79f6b42
+# %% ../nbs/70_pipeline.ipynb #ff0b1747
 import hashlib
 import json
 import os
@@ -37,7 +37,7 @@ from .season import Place, Season, grid_of
 from .stac import open_source, search
 from .training import load_run, train
 
-# %% ../nbs/70_pipeline.ipynb #a6105ce9
+# %% ../nbs/70_pipeline.ipynb #abb9ef5e
 def season_of(
     items:list, # Scenes
 ) -> Season: # The season most of them belong to
@@ -45,7 +45,22 @@ def season_of(
     years = Counter(y for i in items for y in (i.datetime.year, i.datetime.year + 1) if Season(y).contains([i.datetime])[0])
     return Season(max(years, key=lambda y: (years[y], y)))
 
-# %% ../nbs/70_pipeline.ipynb #b8028e89
+# %% ../nbs/70_pipeline.ipynb #19f2abf2
+def _digest(*parts): # Fingerprint of texts or bytes
+    sha = hashlib.sha256()
+    for p in parts: sha.update(p if isinstance(p, bytes) else f'{p}\n'.encode())
+    return sha.hexdigest()[:16]
+
+def _request(source, scenes, place, season, **more): # What was asked for, as JSON can hold it
+    when = season and [season.year, str(season.start), str(season.end)]
+    return dict(source=str(source), scenes=scenes, place=place and place.geometry.wkt, season=when, **more)
+
+def _scenes(source, place, season): # Fingerprint of what a source holds
+    if Path(source).suffix != '.zarr': return _digest(*(i.id for i in search(open_source(source), place, season)))
+    cube = open_cube(source)
+    return _digest(json.dumps(cube.attrs.get('request')), *cube.time.values)
+
+# %% ../nbs/70_pipeline.ipynb #473c7be4
 def note_clear(
     rows:pd.DataFrame, # A ledger
     share:xr.DataArray, # (time) clear share of each date
@@ -58,7 +73,7 @@ def note_clear(
     rows.loc[cloudy, 'status'] = 'dropped'
     return rows
 
-# %% ../nbs/70_pipeline.ipynb #a03da89b
+# %% ../nbs/70_pipeline.ipynb #6ee98fd4
 def make_cube(
     source:str|Path, # As `open_source` takes it
     out:str|Path, # A .zarr folder
@@ -71,13 +86,12 @@ def make_cube(
     log:Callable=print, # Takes one line of text
 ) -> Path: # The cube; its ledger lies beside it
     "Build the cube of a place and season, or return the one that the same request has made."
-    out, when = ready(out), season and [season.year, str(season.start), str(season.end)]
-    request = dict(source=str(source), place=place and place.geometry.wkt, season=when, bands=list(bands), margin=margin, least=least)
-    book = out.with_name(f'{out.stem}.ledger.csv')
-    if out.exists() and book.exists() and open_cube(out).attrs.get('request') == request: log(f'{out.name} is there already'); return out
+    if (out := ready(out)).suffix != '.zarr': raise ValueError(f'{out} does not end in .zarr; a cube is recognised by that ending')
+    items, book = search(open_source(source), place, season), out.with_name(f'{out.stem}.ledger.csv')
+    request = _request(source, _digest(*(i.id for i in items)), place, season, bands=list(bands), margin=margin, least=least)
+    if out.exists() and open_cube(out).attrs.get('request') == request and book.exists() and not overwrite: log(f'{out.name} is there already'); return out
     if out.exists() and not overwrite: raise ValueError(f'{out} exists and was made from another request; name another or add --overwrite')
-    items = search(open_source(source), place, season); season = season or season_of(items)
-    rows = ledger(items, season, bands)
+    rows = ledger(items, season := season or season_of(items), bands)
     kept = [i for i, status in zip(items, rows.status) if status != 'dropped']
     if not kept: raise ValueError(f'no scene of {source} can be used: {"; ".join(rows.reason.unique()[:3])}')
     cube = load_cube(kept, rows, native_grid(kept, place, bands), bands)
@@ -86,11 +100,10 @@ def make_cube(
     log(f'season {season.year}: {len(items)} scenes, {int((share >= least).sum())} dates kept, grid {cube.sizes["y"]} x {cube.sizes["x"]}')
     cube = add_clear(drop_cloudy(cube, share, least), margin)
     cube.attrs |= dict(season_year=season.year, source=str(source), simulated='crop2seg:simulated' in kept[0].properties, request=request)
-    save_cube(cube, out, overwrite=True)
-    write_ledger(rows, book)
+    save_cube(cube, out, overwrite=True); write_ledger(rows, book)
     return out
 
-# %% ../nbs/70_pipeline.ipynb #a06569af
+# %% ../nbs/70_pipeline.ipynb #b5f6f9cc
 def take(
     source:str|Path, # A saved cube, or anything `make_cube` takes
     work:str|Path, # Where a cube is made if the source is none
@@ -110,7 +123,7 @@ def take(
     if not part.sizes['x'] * part.sizes['y']: raise ValueError(f'the place lies outside cube {source}; choose a place within it')
     return part
 
-# %% ../nbs/70_pipeline.ipynb #d1177f6c
+# %% ../nbs/70_pipeline.ipynb #a8cae3a5
 def make_dataset(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # New folder of patches
@@ -125,6 +138,7 @@ def make_dataset(
 ) -> Path: # The folder
     "Cut a source and its labels into a patch data set."
     out, legend = ready(out), read_legend()
+    if out.exists(): raise ValueError(f'{out} exists; name a new folder for the data set')
     if bool(parcels) == bool(labels): raise ValueError('labels come either from parcels or from a raster; give exactly one of the two')
     table = parcels and read_parcels(parcels, legend, column)
     cube = take(source, out.with_name(f'{out.name}.cube.zarr'), place, season, log=log)
@@ -132,7 +146,7 @@ def make_dataset(
     image, ids = burn(table, grid, 0 if complete else legend.void) if parcels else read_labels(labels, grid, legend)
     return write_dataset(cube, image, ids, out, legend, int(cube.attrs['season_year']), **kwargs)
 
-# %% ../nbs/70_pipeline.ipynb #54ec95c5
+# %% ../nbs/70_pipeline.ipynb #afb1b50b
 def find_run(
     model:str|Path|None, # A run folder or the name of a bundled one
 ) -> Path: # A run folder
@@ -143,7 +157,7 @@ def find_run(
     offer = f'one of {", ".join(bundled)}, or ' if bundled else ''
     raise FileNotFoundError(f'{"no model was named" if model is None else f"there is no model {model}"}; give --model {offer}a folder written by crop2seg train')
 
-# %% ../nbs/70_pipeline.ipynb #26cf025f
+# %% ../nbs/70_pipeline.ipynb #0b03867d
 def paint(
     cube:xr.Dataset, # With reflectance and clear
     model, # In eval mode
@@ -165,6 +179,7 @@ def paint(
         for name, values in zip(files, (classes, confidence, np.where(inside, looks, 65_535).astype('uint16'))): append(files[name], row, values)
         counts, total = counts + count_classes(classes), total + int(inside.sum())
     for f in files.values(): f.close()
+    if not total: raise ValueError('no pixel centre of the cube lies in the place; draw a larger one')
     about = {'software': f'crop2seg {__version__}', 'season': str(cube.attrs['season_year'])}
     finish(out/'crops.part.tif', out/'crops.tif', 'mode', legend, about)
     for name in ('confidence', 'observations'): finish(out/f'{name}.part.tif', out/f'{name}.tif', 'average', about=about)
@@ -175,13 +190,19 @@ def _inside(place, grid): # Pixels whose centre lies in the place
     local = transform_geom('EPSG:4326', grid.crs.to_wkt(), place.geometry.__geo_interface__)
     return geometry_mask([local], grid.shape, grid.affine, invert=True)
 
-# %% ../nbs/70_pipeline.ipynb #84292291
-def _digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] # Fingerprint of a file
-
-def _state(out, request): # 'free', 'same' or 'other'
+# %% ../nbs/70_pipeline.ipynb #b15beeb7
+def _state(out, request, overwrite): # 'free' or 'same'; ValueError for what must not be replaced
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return 'free'
-    try: return 'same' if json.loads((out/'run.json').read_text())['request'] == json.loads(json.dumps(request)) else 'other'
-    except (OSError, ValueError, KeyError): return 'other'
+    try: same = json.loads((out/'run.json').read_text())['request'] == json.loads(json.dumps(request))
+    except (OSError, ValueError, KeyError) as e: raise ValueError(f'{out} holds something that is no crop map; name another folder') from e
+    if not same and not overwrite: raise ValueError(f'{out} holds another crop map; name another folder or add --overwrite')
+    return 'free' if overwrite else 'same'
+
+def _kept(out, request, overwrite): # Where the cube of an interrupted request waits to be found again
+    kept = out.with_name(f'.{out.name}.{_digest(json.dumps(request))}.cube.zarr')
+    for old in out.parent.glob(f'.{out.name}.*.cube.zarr'):
+        if old != kept or overwrite: remove(old)
+    return kept
 
 def _credit(cube): # Whose data
     years = sorted({str(y) for y in cube.time.dt.year.values})
@@ -200,7 +221,7 @@ def _keep_inputs(source, kept, bundle): # The ledger and, if it was made for thi
     if beside.exists(): shutil.copyfile(beside, bundle/'ledger.csv')
     if made: os.replace(kept, bundle/'cube.zarr')
 
-# %% ../nbs/70_pipeline.ipynb #944d6bd7
+# %% ../nbs/70_pipeline.ipynb #206ec887
 def describe(
     cube:xr.Dataset, # That was mapped
     run:dict, # run.json of the model
@@ -215,7 +236,7 @@ def describe(
                 legend=run['legend'], crs=cube.rio.crs.to_string(), transform=list(cube.rio.transform())[:6], mapped_pixels=total,
                 cube=str(Path(source).absolute()) if Path(source).suffix == '.zarr' else 'cube.zarr', note='Areas are counts of pixels, without an interval.')
 
-# %% ../nbs/70_pipeline.ipynb #473e22aa
+# %% ../nbs/70_pipeline.ipynb #f8dbf829
 def map_crops(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # Folder of the bundle
@@ -230,11 +251,12 @@ def map_crops(
     folder, out = find_run(model), ready(out)
     net, run = load_run(folder)
     starts(1000, kwargs.get('window', 128), kwargs.get('overlap', 32)) # refuses an overlap that does not fit
-    request = dict(source=str(source), model=_digest(folder/'model.safetensors'), place=place and place.geometry.wkt,
-                   season=season and [season.year, str(season.start), str(season.end)], **kwargs)
-    if _state(out, request) == 'same': log(f'{out} is there already'); return out
-    if _state(out, request) == 'other' and not overwrite: raise ValueError(f'{out} exists and holds something else; name another folder or add --overwrite')
-    cube = take(source, kept := out.with_name(f'.{out.name}.cube.zarr'), place, season, bands=tuple(run['bands']), overwrite=True, log=log)
+    weights = _digest(*((folder/f).read_bytes() for f in ('model.safetensors', 'run.json')))
+    request = _request(source, _scenes(source, place, season), place, season, model=weights, **kwargs)
+    if Path(source).absolute().is_relative_to(out): raise ValueError(f'the source lies in {out}, which would be replaced; name another folder')
+    if _state(out, request, overwrite) == 'same': log(f'{out} is there already'); return out
+    kept = _kept(out, request, overwrite)
+    cube = take(source, kept, place, season, bands=tuple(run['bands']), log=log)
     check_fit(cube, run)
     with whole(out) as part:
         part.mkdir()
