@@ -6,7 +6,7 @@
 __all__ = ['LAYERS', 'Bundle', 'open_bundle', 'bundle_path', 'web_raster', 'Overlay', 'image_url', 'overlay', 'fit_zoom',
            'pixel_answer', 'pixel_profile']
 
-# %% ../nbs/72_bundle.ipynb #ff2519ac
+# %% ../nbs/72_bundle.ipynb #d0624bb2
 import base64
 import io
 import json
@@ -31,7 +31,7 @@ from .indices import index
 from .legend import Legend, data_dir
 from .plot import label_image
 
-# %% ../nbs/72_bundle.ipynb #59b92491
+# %% ../nbs/72_bundle.ipynb #2480c1ea
 @dataclass(frozen=True)
 class Bundle:
     "A finished map."
@@ -47,20 +47,22 @@ def open_bundle(
     folder, remedy = Path(path), 'choose a folder that crop2seg map has written'
     if not folder.is_dir(): raise FileNotFoundError(f'there is no folder {folder}; {remedy}')
     needed = ('run.json', 'areas.csv', 'crops.tif', 'confidence.tif', 'observations.tif')
-    if missing := [n for n in needed if not (folder/n).exists()]: raise ValueError(f'{folder} lacks {", ".join(missing)}; {remedy}')
+    if missing := [n for n in needed if not (folder/n).exists()]:
+        raise ValueError(f'{folder} lacks {", ".join(missing)}; {remedy}')
     try:
         run, areas = json.loads((folder/'run.json').read_text()), pd.read_csv(folder/'areas.csv')
         bundle = Bundle(folder, run, Legend.from_dict(run['legend']), areas.set_index('class_id'))
         run['dates'][0], run['cube'], run['source'], run['season_year'], run['model']['name'], areas[['name', 'pixels', 'hectares']]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e: raise ValueError(f'{folder} is damaged ({e!r}); {remedy}') from e
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        raise ValueError(f'{folder} is damaged ({e!r}); {remedy}') from e
     return bundle
 
-# %% ../nbs/72_bundle.ipynb #6f26c42d
+# %% ../nbs/72_bundle.ipynb #f025ccdb
 def bundle_path() -> Path: # A folder, which need not exist
     "Where a map is looked for when none is named."
     return Path(os.environ.get('CROP2SEG_BUNDLE') or data_dir()/'runs'/'map')
 
-# %% ../nbs/72_bundle.ipynb #ff2c02da
+# %% ../nbs/72_bundle.ipynb #3c6870c6
 def web_raster(
     path:str|Path, # A GeoTIFF
     longest:int=1500, # About how many pixels the longer side may have
@@ -80,7 +82,7 @@ def web_raster(
             west, south, east, north = transform_bounds(v.crs, 'EPSG:4326', *v.bounds)
             return v.read(1, masked=True), ((south, west), (north, east))
 
-# %% ../nbs/72_bundle.ipynb #07ae15cc
+# %% ../nbs/72_bundle.ipynb #0e28d04f
 LAYERS = {'Crops': 'crops', 'Confidence': 'confidence', 'Clear dates': 'observations'} # Title of each layer, and its raster
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def overlay(
     rgba = mpl.colormaps['viridis']((values.filled(low) - float(low)) / max(1, high - low), bytes=True)
     return Overlay(image_url(np.where(np.ma.getmaskarray(values)[..., None], 0, rgba).astype('uint8')), bounds, (low, high))
 
-# %% ../nbs/72_bundle.ipynb #55efebb1
+# %% ../nbs/72_bundle.ipynb #17b3477f
 def fit_zoom(
     bounds:tuple, # ((south, west), (north, east)), degrees
     width:float, # Of the frame, pixels
@@ -120,7 +122,7 @@ def fit_zoom(
     fits = min(width / (256 * (east - west) / 360), height / (256 * (up(north) - up(south))))
     return math.floor(10 * math.log2(fits)) / 10
 
-# %% ../nbs/72_bundle.ipynb #ffde6b52
+# %% ../nbs/72_bundle.ipynb #5cfb988f
 def _cell(transform, shape, crs, lon, lat): # Row and column of a place, None outside a grid
     x, y = Transformer.from_crs('EPSG:4326', crs, always_xy=True).transform(lon, lat)
     if not (math.isfinite(x) and math.isfinite(y)): return None
@@ -139,18 +141,21 @@ def pixel_answer(
             cell = _cell(f.transform, f.shape, f.crs, lon, lat)
             if cell is None: raise ValueError('This place lies outside the map; choose one on the coloured area.')
             found[layer] = int(f.read(1, window=((cell[0], cell[0] + 1), (cell[1], cell[1] + 1)))[0, 0])
-    if found['observations'] == 65_535: raise ValueError('This place lies outside the area that was mapped; choose one on the coloured area.')
-    if found['crops'] == UNSEEN: raise ValueError('No date shows this place without clouds, so the map leaves it open; choose another.')
+    if found['observations'] == 65_535:
+        raise ValueError('This place lies outside the area that was mapped; choose one on the coloured area.')
+    if found['crops'] == UNSEEN:
+        raise ValueError('No date shows this place without clouds, so the map leaves it open; choose another.')
     return dict(class_id=found['crops'], confidence=found['confidence'], looks=found['observations'])
 
-# %% ../nbs/72_bundle.ipynb #bcf9598a
+# %% ../nbs/72_bundle.ipynb #8c2efdf9
 def pixel_profile(
     cube:xr.Dataset, # With reflectance and clear
     lon:float, # Longitude, degrees
     lat:float, # Latitude, degrees
 ) -> pd.DataFrame: # One row a date: date, ndvi, clear
     "NDVI of one pixel through the season; ValueError outside the cube."
-    if 'clear' not in cube: raise ValueError('The cube of the map does not say which pixels were clear; make it again with crop2seg cube.')
+    if 'clear' not in cube:
+        raise ValueError('The cube of the map does not say which pixels were clear; make it again with crop2seg cube.')
     cell = _cell(cube.rio.transform(), (cube.sizes['y'], cube.sizes['x']), cube.rio.crs, lon, lat)
     if cell is None: raise ValueError('This place lies outside the cube of the map, so its season is not known.')
     pixel = cube[['reflectance', 'clear']].isel(y=cell[0], x=cell[1])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['place_of', 'season_of_args', 'parser', 'main', 'entry']
 
-# %% ../nbs/71_cli.ipynb #22214aad
+# %% ../nbs/71_cli.ipynb #2c7231c0
 import argparse
 import json
 import os
@@ -18,7 +18,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from . import __version__
 from .season import Place, Season, read_place
 
-# %% ../nbs/71_cli.ipynb #242ef1a6
+# %% ../nbs/71_cli.ipynb #755b53b1
 def place_of(
     args:argparse.Namespace, # With bbox and aoi
 ) -> Place|None: # None: all that the source covers
@@ -34,15 +34,18 @@ def season_of_args(
     args:argparse.Namespace, # With season, start and end
 ) -> Season|None: # None: the source decides
     "The season that a command names."
-    if (args.start is None) != (args.end is None): raise ValueError('--start and --end go together; give both or a --season')
+    if (args.start is None) != (args.end is None):
+        raise ValueError('--start and --end go together; give both or a --season')
     if args.start is None: return Season(args.season) if args.season else None
     try: start, end = (date.fromisoformat(d) for d in (args.start, args.end))
-    except ValueError as e: raise ValueError(f'--start {args.start} and --end {args.end} are not two days; write them as YYYY-MM-DD') from e
+    except ValueError as e:
+        raise ValueError(f'--start {args.start} and --end {args.end} are not two days; write them as YYYY-MM-DD') from e
     year = start.year + (start.month >= 9)                  # from September on, the harvest is next year's
-    if not args.season and end > date(year, 10, 31): raise ValueError(f'{start} to {end} lie in more than one season; add --season, the year of harvest')
+    if not args.season and end > date(year, 10, 31):
+        raise ValueError(f'{start} to {end} lie in more than one season; add --season, the year of harvest')
     return Season(args.season or year, start, end)
 
-# %% ../nbs/71_cli.ipynb #a5cdaf3e
+# %% ../nbs/71_cli.ipynb #fef63a51
 def _cube(args): # Place and season -> Zarr cube and its ledger
     "Build the cube of a place and season, with its ledger."
     from crop2seg.pipeline import make_cube
@@ -59,7 +62,7 @@ def _map(args): # Source and model -> bundle
     from crop2seg.pipeline import map_crops
     map_crops(args.source, args.out, args.model, place_of(args), season_of_args(args), args.overwrite, window=args.window, overlap=args.overlap)
 
-# %% ../nbs/71_cli.ipynb #0626ee83
+# %% ../nbs/71_cli.ipynb #16be8d78
 def _train(args): # Patches -> run folder(s)
     "Train a model on a patch data set."
     from crop2seg.output import ready
@@ -78,14 +81,16 @@ def _train(args): # Patches -> run folder(s)
 def _architecture(args): # Arguments of the network, tried before anything is written
     from crop2seg.models.zoo import build
     try: options = json.loads(args.model_args)
-    except json.JSONDecodeError as e: raise ValueError(f'--model-args {args.model_args} is not JSON ({e}); write it as {{"widths": [16, 16, 32]}}') from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f'--model-args {args.model_args} is not JSON ({e}); write it as {{"widths": [16, 16, 32]}}') from e
     if not isinstance(options, dict) or {'n_classes', 'n_bands'} & set(options):
         raise ValueError(f'--model-args {args.model_args} must be a JSON object without n_classes and n_bands, which the data decide')
     try: build(args.model, n_classes=2, n_bands=2, **options)
-    except (TypeError, RuntimeError) as e: raise ValueError(f'--model-args {args.model_args} do not make a {args.model} ({e})') from e
+    except (TypeError, RuntimeError) as e:
+        raise ValueError(f'--model-args {args.model_args} do not make a {args.model} ({e})') from e
     return options
 
-# %% ../nbs/71_cli.ipynb #90c70fd7
+# %% ../nbs/71_cli.ipynb #ca9c1d63
 def _evaluate(args): # Run folder(s) -> scores
     "Score runs on the folds that they have not seen."
     from crop2seg.evaluate import evaluate, evaluation_text
@@ -96,14 +101,15 @@ def _evaluate(args): # Run folder(s) -> scores
 
 def _app(args): # Bundle -> dashboard
     "Serve the map explorer for a bundle."
-    if args.bundle and not (Path(args.bundle)/'run.json').exists(): raise FileNotFoundError(f'{args.bundle} holds no bundle; make one with crop2seg map')
+    if args.bundle and not (Path(args.bundle)/'run.json').exists():
+        raise FileNotFoundError(f'{args.bundle} holds no bundle; make one with crop2seg map')
     here = Path(__file__).parent
     page = next(p for p in (here/'app.ipynb', here.parent/'nbs'/'app.ipynb') if p.exists()) # in a wheel, in a checkout
     show = [] if args.no_browser else ['--show']
     bundle = {'CROP2SEG_BUNDLE': str(Path(args.bundle).absolute())} if args.bundle else {}
     subprocess.run([sys.executable, '-m', 'panel', 'serve', str(page), '--port', str(args.port), *show], env=os.environ | bundle, check=True)
 
-# %% ../nbs/71_cli.ipynb #735b0f4a
+# %% ../nbs/71_cli.ipynb #a6b78f06
 def _number(kind, least, most=float('inf')): # A number in a range, for argparse
     def number(text):
         if not least <= (value := kind(text)) <= most: raise ValueError
@@ -120,7 +126,7 @@ def _where(add): # Arguments that name a place and a season
 def _out(add, what): # Arguments that name an output
     add('--out', required=True, help=what); add('--overwrite', action='store_true', help='replace what is there')
 
-# %% ../nbs/71_cli.ipynb #8108a837
+# %% ../nbs/71_cli.ipynb #a23be68d
 def _cube_options(add):
     _where(add); _out(add, 'a .zarr folder; the ledger lies beside it')
     add('--cloud-margin', type=_number(float, 0, 10_000), default=20., help='distance kept from clouds, metres')
@@ -156,7 +162,7 @@ def _app_options(add):
     add('bundle', nargs='?', help='folder written by crop2seg map'); add('--port', type=_number(int, 0, 65_535), default=5006, help='of the server')
     add('--no-browser', action='store_true', help='do not open a browser')
 
-# %% ../nbs/71_cli.ipynb #f63f3a7a
+# %% ../nbs/71_cli.ipynb #5faac86d
 def parser() -> argparse.ArgumentParser: # Of the whole command
     "The arguments of `crop2seg`."
     top = argparse.ArgumentParser('crop2seg', description='Crop maps from Sentinel-2 time series.')
@@ -170,7 +176,7 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
         verb.add_argument('--debug', action='store_true', help='show where an error arose')
     return top
 
-# %% ../nbs/71_cli.ipynb #aac3e5e9
+# %% ../nbs/71_cli.ipynb #1b5a976a
 def main(
     argv:list[str]|None=None, # Words after `crop2seg`; None takes those of the process
 ) -> int: # 0 done, 1 error; a mistyped command exits with 2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['native_grid', 'load_cube', 'save_cube', 'open_cube']
 
-# %% ../nbs/12_cube.ipynb #252b4d7b
+# %% ../nbs/12_cube.ipynb #b257c991
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .output import whole
 from .season import Place, Season, grid_of
 from .stac import band_assets, open_source, search
 
-# %% ../nbs/12_cube.ipynb #859823d4
+# %% ../nbs/12_cube.ipynb #69e98c94
 def native_grid(
     items:list[pystac.Item], # Scenes of the place
     place:Place=None, # Area wanted; None takes all that the scenes cover
@@ -33,11 +33,13 @@ def native_grid(
 ) -> GeoBox: # 10 m pixels in the UTM zone of most scenes
     "The 10 m grid on which a cube of these scenes is built."
     code = Counter(_code(i) for i in items).most_common(1)[0][0]
-    if not code: raise ValueError(f'scene {items[0].id} does not say its projection (proj:code); it cannot be placed on a grid')
+    if not code:
+        raise ValueError(f'scene {items[0].id} does not say its projection (proj:code); it cannot be placed on a grid')
     if place is not None: return grid_of(place, epsg=int(code.removeprefix('EPSG:')))
     boxes = [_footprint(i, bands) for i in items if _code(i) == code]
     left, bottom, right, top = (f(b[k] for b in boxes) for k, f in enumerate((min, min, max, max)))
-    if (right - left) * (top - bottom) > 2.5e10: raise ValueError('the scenes cover more than two tiles; say which place is wanted with --bbox or --aoi')
+    if (right - left) * (top - bottom) > 2.5e10:
+        raise ValueError('the scenes cover more than two tiles; say which place is wanted with --bbox or --aoi')
     return GeoBox((round((top - bottom) / 10), round((right - left) / 10)), Affine(10, 0, left, 0, -10, top), code)
 
 def _code(item): # Projection of a scene, such as 'EPSG:32633'
@@ -50,7 +52,7 @@ def _footprint(item, bands): # Left, bottom, right, top of a scene in its own pr
     rows, columns = fields.get('proj:shape') or item.properties['proj:shape']
     return left, top + e * rows, left + a * columns, top
 
-# %% ../nbs/12_cube.ipynb #e3562b1f
+# %% ../nbs/12_cube.ipynb #f999bc49
 class _Reader(RioReader): # A reader for which 0 is missing, whatever the file says, and that names a file it cannot read
     def read(self, cfg, *args, **kwargs):
         try: return super().read(replace(cfg, src_nodata_override=0), *args, **kwargs)
@@ -61,7 +63,7 @@ class _Reader(RioReader): # A reader for which 0 is missing, whatever the file s
 class _ZeroIsMissing(RioDriver): # odc-stac's own driver with that reader
     def open(self, src, ctx): return _Reader(src, ctx)
 
-# %% ../nbs/12_cube.ipynb #1f5f1ce1
+# %% ../nbs/12_cube.ipynb #f27ad6c8
 def _plain(item, bands): # A copy of a scene whose assets are its bands, under their Sentinel-2 names
     copy, keys = item.clone(), band_assets(item, bands)
     copy.assets = {}
@@ -75,7 +77,7 @@ def _first_seen(cube): # One time step a day where scenes of different offsets s
     offset = cube.offset.groupby('time').first()
     return seen.assign(scl=seen.scl.fillna(0).astype('uint8')).assign_coords(offset=offset)
 
-# %% ../nbs/12_cube.ipynb #131da5e5
+# %% ../nbs/12_cube.ipynb #d3592087
 _LIMIT = np.float32(3.2767) # Largest reflectance that is kept: the largest 16-bit integer, scaled
 
 def load_cube(
@@ -103,7 +105,7 @@ def _load_same(items, grid, bands, offset, chunk): # A cube of scenes that share
     days = pd.DatetimeIndex(sorted({solar_day(i) for i in items}))
     return xr.Dataset({'reflectance': boa, 'scl': raw.SCL.astype('uint8')}).assign_coords(time=days, offset=('time', [offset] * len(days)))
 
-# %% ../nbs/12_cube.ipynb #8eef3ffc
+# %% ../nbs/12_cube.ipynb #7e3ffe06
 def save_cube(
     cube:xr.Dataset, # As made by `load_cube`
     path:str|Path, # A new .zarr folder
@@ -119,13 +121,14 @@ def save_cube(
     with whole(path) as part: tidy.to_zarr(part, encoding=coded, zarr_format=3, consolidated=False)
     return path
 
-# %% ../nbs/12_cube.ipynb #3ec86185
+# %% ../nbs/12_cube.ipynb #5f125d5f
 def open_cube(
     path:str|Path, # A .zarr folder written by `save_cube`
 ) -> xr.Dataset: # Lazy on Dask, as `load_cube` describes it
     "Open a saved cube; FileNotFoundError or ValueError if there is none."
     if not Path(path).exists(): raise FileNotFoundError(f'cube {path} does not exist; make one with crop2seg cube')
     try: cube = xr.open_zarr(path, consolidated=False, decode_coords='all', mask_and_scale=False)
-    except (FileNotFoundError, KeyError, ValueError) as e: raise ValueError(f'{path} is not a cube ({e}); make one with crop2seg cube') from e
+    except (FileNotFoundError, KeyError, ValueError) as e:
+        raise ValueError(f'{path} is not a cube ({e}); make one with crop2seg cube') from e
     if not {'reflectance', 'scl'} <= set(cube): raise ValueError(f'{path} is not a cube: it lacks reflectance or scl')
     return cube.assign(reflectance=xr.apply_ufunc(from_int16, cube.reflectance, keep_attrs=False, dask='parallelized', output_dtypes=['float32']))

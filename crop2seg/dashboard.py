@@ -6,7 +6,7 @@
 __all__ = ['legend_html', 'profile_chart', 'profile_table', 'answer_html', 'read_position', 'LeafletPane', 'go_offline',
            'leaflet_map', 'CropExplorer']
 
-# %% ../nbs/80_dashboard.ipynb #8ee32c18
+# %% ../nbs/80_dashboard.ipynb #40a3dbeb
 import base64
 import functools
 import html
@@ -26,7 +26,7 @@ from hvplot.plotting import hvPlotTabular
 from .bundle import LAYERS, Bundle, bundle_path, fit_zoom, open_bundle, overlay, pixel_answer, pixel_profile
 from .cube import open_cube
 
-# %% ../nbs/80_dashboard.ipynb #7d8356ea
+# %% ../nbs/80_dashboard.ipynb #940b2a52
 _swatch = '<i class="swatch" style="background:{}"></i>'.format # A patch of colour
 
 _meaning = {'confidence': (' %', 'Probability that the model gives to the class shown'),
@@ -55,7 +55,7 @@ def _ramp(low, high, unit, about):
     return (f'<div class="ramp" style="background:linear-gradient(90deg, {colours})"></div>'
             f'<div class="ends"><span>{low}{unit}</span><span>{high}{unit}</span></div><p class="note">{about}</p>')
 
-# %% ../nbs/80_dashboard.ipynb #f3f05555
+# %% ../nbs/80_dashboard.ipynb #550a9e72
 def profile_chart(
     profile:pd.DataFrame, # From `pixel_profile`
 ) -> hv.Overlay: # Crosses of cloudy dates, line and points of clear ones
@@ -76,7 +76,7 @@ def profile_table(
     head = ''.join(f'<th scope="col">{h}</th>' for h in ('Date', 'NDVI', 'Sky'))
     return f'<details><summary>Values as a table</summary><table><tr>{head}</tr>{rows}</table></details>'
 
-# %% ../nbs/80_dashboard.ipynb #177ef6e3
+# %% ../nbs/80_dashboard.ipynb #c038ee32
 def answer_html(
     bundle:Bundle, # A finished map
     answer:dict, # From `pixel_answer`
@@ -92,11 +92,13 @@ def read_position(
 ) -> tuple[float, float]: # Latitude and longitude, degrees
     "A place from text; ValueError if it is none."
     try: lat, lon = (float(v) for v in text.split(','))
-    except ValueError as e: raise ValueError(f'“{text[:40]}” is not a latitude and a longitude; write them as 50.8121, 3.0456.') from e
-    if not (abs(lat) < 90 and abs(lon) <= 180): raise ValueError(f'“{text[:40]}” is not on the globe; latitude comes first.')
+    except ValueError as e:
+        raise ValueError(f'“{text[:40]}” is not a latitude and a longitude; write them as 50.8121, 3.0456.') from e
+    if not (abs(lat) < 90 and abs(lon) <= 180):
+        raise ValueError(f'“{text[:40]}” is not on the globe; latitude comes first.')
     return lat, lon
 
-# %% ../nbs/80_dashboard.ipynb #7bdd5a05
+# %% ../nbs/80_dashboard.ipynb #c009c54c
 @functools.cache
 def _leaflet(): # The map's script as a data URL; the rest of the address that is asked for falls behind the '#'
     files = [f for f in distribution('jupyter-leaflet').files if f.as_posix().endswith('nbextensions/jupyter-leaflet/index.js')]
@@ -119,7 +121,7 @@ def go_offline() -> None:
     IPyWidget.__css__ = []
     pn.config.css_files = [f for f in pn.config.css_files if not str(f).startswith('https://')]
 
-# %% ../nbs/80_dashboard.ipynb #f36a4f13
+# %% ../nbs/80_dashboard.ipynb #5930428f
 def leaflet_map(
     bounds:tuple, # ((south, west), (north, east)), degrees
     credit:str, # Whose data
@@ -133,7 +135,7 @@ def leaflet_map(
     view.add(ipyleaflet.ScaleControl(position='topright', imperial=False))
     return view, image, ring
 
-# %% ../nbs/80_dashboard.ipynb #c283804c
+# %% ../nbs/80_dashboard.ipynb #c1d3ec46
 _hint = '<p>Click the map to see what it says about a place, and how green that place was through the season.</p>'
 _style = """
 :host { color: inherit; font-size: 14px; line-height: 1.45; } p { margin: 0; overflow-wrap: anywhere; }
@@ -153,7 +155,7 @@ def _sentence(error): return f'<p role="alert">{html.escape(str(error))}</p>' # 
 def _text(words=''): # HTML that takes its colours from the page
     return pn.pane.HTML(words, stylesheets=[_style], sizing_mode='stretch_width', margin=(4, 0))
 
-# %% ../nbs/80_dashboard.ipynb #a98471a3
+# %% ../nbs/80_dashboard.ipynb #e2da3719
 vars(param.parameterized).update(docstring_signature=False, docstring_describe_params=False) # plain docstrings for the site
 
 class CropExplorer(pn.viewable.Viewer):
@@ -181,7 +183,7 @@ class CropExplorer(pn.viewable.Viewer):
     def _clicked(self, **event):
         if event.get('type') == 'click': self.position = '{:.5f}, {:.5f}'.format(*event['coordinates'])
 
-# %% ../nbs/80_dashboard.ipynb #61123176
+# %% ../nbs/80_dashboard.ipynb #7270c713
 @patch
 def _fit(self:CropExplorer, _):
     (left, top), (right, bottom) = self.map.pixel_bounds
@@ -208,7 +210,7 @@ def _look(self:CropExplorer, _):
     except (OSError, ValueError) as e: self.season[:] = [_text(_sentence(e))]; return
     self.season[:] = [pn.pane.HoloViews(profile_chart(profile), sizing_mode='stretch_width'), _text(profile_table(profile))]
 
-# %% ../nbs/80_dashboard.ipynb #7207c31f
+# %% ../nbs/80_dashboard.ipynb #49146ccd
 def _layout(explorer): # Map and choices, then season and legend; one below the other on a phone
     run, part = explorer.bundle.run, lambda basis, *things: pn.Column(*things, styles={'flex': basis, 'min-width': 'min(100%, 300px)'}, margin=(0, 0))
     choices = pn.FlexBox(pmui.RadioButtonGroup.from_param(explorer.param.layer, size='small', description='', width=280, margin=(4, 0), sx={'& button': {'whiteSpace': 'nowrap'}}),

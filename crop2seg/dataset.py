@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['band_stats', 'normalise', 'turn', 'shift', 'drop_dates', 'CropDataset', 'collate']
 
-# %% ../nbs/32_dataset.ipynb #f1d920b8
+# %% ../nbs/32_dataset.ipynb #bedfcd32
 from pathlib import Path
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from .bands import SCALE, from_int16
 from .patches import read_index, read_patch
 from .season import Season
 
-# %% ../nbs/32_dataset.ipynb #41725751
+# %% ../nbs/32_dataset.ipynb #980deb04
 def band_stats(
     folder:str|Path, # A patch data set
     folds:tuple[int, ...]|None=None, # Folds that may be looked at: those of training; None for all
@@ -40,7 +40,7 @@ def normalise(
     mean, std = (np.asarray(stats[k], 'float32')[:, None, None] for k in ('mean', 'std'))
     return np.nan_to_num((x - mean) / std, nan=0.).astype('float32')
 
-# %% ../nbs/32_dataset.ipynb #e245a61f
+# %% ../nbs/32_dataset.ipynb #6227f8bc
 def turn(
     sample:dict, # Arrays whose last two axes are rows and columns, equally long
     quarter:int, # Quarter turns, 0 to 3
@@ -64,7 +64,7 @@ def shift(
         return out
     return {k: move(a, dict(x=np.nan, clear=False, labels=void)[k]) for k, a in sample.items()}
 
-# %% ../nbs/32_dataset.ipynb #8719440c
+# %% ../nbs/32_dataset.ipynb #f6e125ea
 def drop_dates(
     count:int, # Number of dates
     share:float, # Each date is left out with this probability, 0 to 1
@@ -75,7 +75,7 @@ def drop_dates(
     if not stay.any(): stay[rng.integers(count)] = True
     return np.flatnonzero(stay)
 
-# %% ../nbs/32_dataset.ipynb #d1f15591
+# %% ../nbs/32_dataset.ipynb #5a4d8871
 class CropDataset(Dataset):
     "Patches of some folds: dict(x float32 T C H W, days int64 T, clear bool T H W, labels int64 H W, patch_id)."
     def __init__(self,
@@ -88,7 +88,8 @@ class CropDataset(Dataset):
     ):
         self.index, self.facts = read_index(folder)
         self.index = self.index[self.index.fold.isin(folds or self.index.fold)].reset_index(drop=True)
-        if self.index.empty: raise ValueError(f'{folder} has no patch in folds {folds}; it has folds 1 to {self.facts["folds"]}')
+        if self.index.empty:
+            raise ValueError(f'{folder} has no patch in folds {folds}; it has folds 1 to {self.facts["folds"]}')
         self.folder, self.stats = Path(folder), stats or band_stats(folder, folds)
         self.augment, self.temporal_dropout, self.seed, self.epoch = augment, temporal_dropout, seed, 0
         self.void, self.season = self.facts['legend']['void'], Season(self.facts['season_year'])
@@ -108,7 +109,7 @@ class CropDataset(Dataset):
         far = sample['labels'].shape[0] // 8
         return shift(turn(sample, int(rng.integers(4)), bool(rng.integers(2))), *rng.integers(-far, far + 1, 2).tolist(), self.void)
 
-# %% ../nbs/32_dataset.ipynb #3187cd9f
+# %% ../nbs/32_dataset.ipynb #acdabc36
 def collate(
     samples:list[dict], # From a `CropDataset`
 ) -> dict: # x (B T C H W), days (B T), pad (B T) True where there is no date, clear (B T H W), labels (B H W), patch_id list

@@ -6,7 +6,7 @@
 __all__ = ['SHARED', 'SCORES', 'predict_patches', 'pixel_features', 'fit_forest', 'group_runs', 'shared_parcels',
            'forest_patches', 'tally_patches', 'protocol_note', 'collect', 'evaluate', 'evaluation_text']
 
-# %% ../nbs/53_evaluate.ipynb #32bc1d17
+# %% ../nbs/53_evaluate.ipynb #4fda6975
 import textwrap
 from collections.abc import Iterator
 from functools import reduce
@@ -28,7 +28,7 @@ from .runs import check_held_out, may_score, read_run
 from .season import Season
 from .training import as_batch, load_run
 
-# %% ../nbs/53_evaluate.ipynb #ea502db2
+# %% ../nbs/53_evaluate.ipynb #1a24005e
 @torch.no_grad()
 def predict_patches(
     run:str|Path, # Run folder
@@ -47,7 +47,7 @@ def predict_patches(
         *inputs, _ = (a.to(device) for a in batch)
         for probs in model(*inputs).float().softmax(1).cpu().numpy(): yield next(names), probs
 
-# %% ../nbs/53_evaluate.ipynb #ea46dc0c
+# %% ../nbs/53_evaluate.ipynb #736f8c56
 def pixel_features(
     folder:Path, # Patch data set
     row, # Row of its index
@@ -78,7 +78,7 @@ def fit_forest(
     forest = PixelForest(len(legend.classes), n_jobs=n_jobs, seed=seed)
     return forest.fit(np.concatenate(features), np.concatenate(labels), legend.void)
 
-# %% ../nbs/53_evaluate.ipynb #c8bbd61e
+# %% ../nbs/53_evaluate.ipynb #c6af372a
 SHARED = ('epochs', 'batch_size', 'lr', 'wd', 'clip', 'seed', 'augment', 'temporal_dropout', 'loss', 'class_weights',
           'smoothing', 'select')
 
@@ -104,10 +104,11 @@ def group_runs(
     first, *others = rows
     splits = {name: {k: read_run(p)['data']['train_folds'] for k, p in folds.items()} for name, folds in rows.items()}
     for other in others:
-        if splits[other] != splits[first]: raise ValueError(f"{first} and {other} stand on different folds; use the same")
+        if splits[other] != splits[first]:
+            raise ValueError(f"{first} and {other} stand on different folds; use the same")
     return rows
 
-# %% ../nbs/53_evaluate.ipynb #651e8161
+# %% ../nbs/53_evaluate.ipynb #f7ec769a
 def shared_parcels(
     folder:Path, # Patch data set
     splits:dict, # Held-out fold -> training folds
@@ -120,7 +121,7 @@ def shared_parcels(
     tested = [(parcels([fold]), parcels(train)) for fold, train in splits.items()]
     return len(set().union(*(a & b for a, b in tested))), len(set().union(*(a for a, _ in tested)))
 
-# %% ../nbs/53_evaluate.ipynb #48476aa5
+# %% ../nbs/53_evaluate.ipynb #c9ca02f8
 def forest_patches(
     forest:PixelForest, # Fitted
     folder:Path, # Patch data set
@@ -144,7 +145,7 @@ def tally_patches(
         tally.add(np.array(patch['labels']), np.array(patch['parcels']), probs)
     return tally
 
-# %% ../nbs/53_evaluate.ipynb #13760b9b
+# %% ../nbs/53_evaluate.ipynb #0023c48c
 def protocol_note(
     facts:dict, # dataset.json
     splits:dict, # Held-out fold -> training folds
@@ -167,7 +168,7 @@ def protocol_note(
         f"{shared[0]} of {shared[1]} parcels of the test folds also have pixels in the training folds.",
         "Parcel accuracy is for known outlines; ECE is the expected calibration error over ten bins."])
 
-# %% ../nbs/53_evaluate.ipynb #8bba1039
+# %% ../nbs/53_evaluate.ipynb #a78ef81a
 SCORES = ('oa', 'miou', 'macro_f1', 'parcels_oa', 'ece', 'pixels', 'parcels')
 
 def collect(
@@ -195,7 +196,7 @@ def collect(
         write_json(Path(out)/'evaluation.json', plain)
     return result
 
-# %% ../nbs/53_evaluate.ipynb #72a82653
+# %% ../nbs/53_evaluate.ipynb #593366ae
 def evaluate(
     runs, # Run folder, list of run folders, or dict of row name -> list of run folders
     folder:str|Path, # Patch data set they were trained on
@@ -212,7 +213,8 @@ def evaluate(
     about = [read_run(p) for folds in rows.values() for p in folds.values()]
     for r in about:
         was, now = r['data']['fingerprint'], facts['fingerprint']
-        if was != now: raise ValueError(f"the runs were trained on data set {was}, not {now}; its folds mean nothing to them")
+        if was != now:
+            raise ValueError(f"the runs were trained on data set {was}, not {now}; its folds mean nothing to them")
     splits = {r['data']['valid_fold']: r['data']['train_folds'] for r in about}
     for name, folds in rows.items():
         predictions = {k: predict_patches(p, folder, [k], batch_size, device) for k, p in folds.items()}
@@ -222,7 +224,7 @@ def evaluate(
         tallies['random forest'] = {k: tally_patches(forest_patches(f, folder, [k]), folder, legend) for k, f in forests.items()}
     return collect(tallies, facts, splits, about, shared_parcels(folder, splits), out)
 
-# %% ../nbs/53_evaluate.ipynb #e39bda76
+# %% ../nbs/53_evaluate.ipynb #c33c7959
 def evaluation_text(
     evaluation:dict, # From `evaluate`
     width:int=100, # Columns

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['baseline_of', 'evidence', 'offset_of', 'solar_day', 'ledger', 'write_ledger']
 
-# %% ../nbs/11_harmonise.ipynb #c7713ccf
+# %% ../nbs/11_harmonise.ipynb #40d06e73
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from .output import whole
 from .season import Season
 from .stac import band_assets, scene_table
 
-# %% ../nbs/11_harmonise.ipynb #990b404e
+# %% ../nbs/11_harmonise.ipynb #1a69e5d7
 def baseline_of(
     item:pystac.Item, # One scene
 ) -> str|None: # Processing baseline such as '05.09'; None if the item does not say
@@ -27,7 +27,7 @@ def baseline_of(
     match = next((m for n in names if n and (m := re.search(r'_N(\d\d)(\d\d)_', n))), None)
     return match and f'{match[1]}.{match[2]}'
 
-# %% ../nbs/11_harmonise.ipynb #a14d4405
+# %% ../nbs/11_harmonise.ipynb #85722658
 def evidence(
     item:pystac.Item, # One scene
     bands:tuple=BANDS, # Bands that will be read
@@ -39,11 +39,12 @@ def evidence(
     for band, key in band_assets(item, bands).items():
         offset, scale = (_raster(item.assets[key], k) for k in ('offset', 'scale'))
         if band != 'SCL' and offset is not None: votes[f'raster:bands {band}'] = round(offset * 10_000)
-        if band != 'SCL' and scale not in (None, 1e-4): raise ValueError(f'scene {item.id} has a scale of {scale} in {band}, not 0.0001; its reflectance cannot be known')
+        if band != 'SCL' and scale not in (None, 1e-4):
+            raise ValueError(f'scene {item.id} has a scale of {scale} in {band}, not 0.0001; its reflectance cannot be known')
     if flag: votes = {k: v for k, v in votes.items() if k != 'baseline'} | {'boa_offset_applied': 0}
     return votes
 
-# %% ../nbs/11_harmonise.ipynb #4fad6d34
+# %% ../nbs/11_harmonise.ipynb #8ae5f00a
 def _version(text, item): # Baseline as two numbers
     if match := re.fullmatch(r'N?(\d{1,2})\.?(\d{2})', str(text)): return int(match[1]), int(match[2])
     raise ValueError(f'scene {item.id} has a processing baseline {text!r}, which is none; its reflectance cannot be known')
@@ -54,21 +55,22 @@ def _raster(asset, name): # offset or scale of an asset, wherever its version of
     found = [p[k] for p in places for k in ((f'raster:{name}',) if p is fields else (name, f'raster:{name}')) if p.get(k) is not None]
     return found[0] if found else None
 
-# %% ../nbs/11_harmonise.ipynb #964fe447
+# %% ../nbs/11_harmonise.ipynb #dc3897d3
 def offset_of(
     item:pystac.Item, # One scene
     bands:tuple=BANDS, # Bands that will be read
 ) -> int: # 0 or -1000, to be added to the stored values before scaling by 1e-4
     "The offset of a scene; ValueError if its metadata are silent or contradict each other."
     votes = evidence(item, bands)
-    if not votes: raise ValueError(f'scene {item.id} says neither its processing baseline nor an offset; its reflectance cannot be known')
+    if not votes:
+        raise ValueError(f'scene {item.id} says neither its processing baseline nor an offset; its reflectance cannot be known')
     if len(set(votes.values())) > 1:
         says = '; '.join(sorted({f'{k.split()[0]} says {v}' for k, v in votes.items()}))
         raise ValueError(f'scene {item.id} has an ambiguous offset: {says}; leave it out or use a catalog without the contradiction')
     if (offset := next(iter(votes.values()))) in (0, -1000): return offset
     raise ValueError(f'scene {item.id} has an offset of {offset}, which no Sentinel-2 product uses; its reflectance cannot be known')
 
-# %% ../nbs/11_harmonise.ipynb #d5336970
+# %% ../nbs/11_harmonise.ipynb #bb6a37be
 def solar_day(
     item:pystac.Item, # One scene
 ) -> pd.Timestamp: # Day at the longitude of the scene, without time zone
@@ -76,7 +78,7 @@ def solar_day(
     west, _, east, _ = item.bbox
     return pd.Timestamp(item.datetime.replace(tzinfo=None) + timedelta(hours=(west + east) / 30)).normalize()
 
-# %% ../nbs/11_harmonise.ipynb #52dc8c60
+# %% ../nbs/11_harmonise.ipynb #cd8e9107
 def ledger(
     items:list[pystac.Item], # All that the source offered
     season:Season, # Dates that are wanted
@@ -96,7 +98,7 @@ def _judge(item, day, season, bands): # (offset, status, reason) of one scene
     except ValueError as e: return pd.NA, 'dropped', str(e)
     return offset_of(item, bands), 'kept', ''
 
-# %% ../nbs/11_harmonise.ipynb #85ab6527
+# %% ../nbs/11_harmonise.ipynb #1b06fa22
 def write_ledger(
     rows:pd.DataFrame, # As made by `ledger`
     path:str|Path, # A csv file

@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['INDICES', 'normalised_difference', 'index']
 
-# %% ../nbs/20_indices.ipynb #4e92bcba
+# %% ../nbs/20_indices.ipynb #a21dda4f
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-# %% ../nbs/20_indices.ipynb #f1a3676c
+# %% ../nbs/20_indices.ipynb #39499726
 def normalised_difference(
     high:Float[np.ndarray, "*s"], # Reflectance of the band that rises with what is sought
     low:Float[np.ndarray, "*s"], # Reflectance of the band that falls
 ) -> Float[np.ndarray, "*s"]: # In [-1, 1] for positive reflectance; NaN where either is missing or their sum is not positive
     "(high - low) / (high + low)."
-    if high.shape != low.shape: raise ValueError(f'bands of shape {high.shape} and {low.shape} differ; resample to one grid first')
+    if high.shape != low.shape:
+        raise ValueError(f'bands of shape {high.shape} and {low.shape} differ; resample to one grid first')
     total = high + low
     with np.errstate(invalid='ignore', divide='ignore'): return np.where(total > 0, (high - low) / total, np.nan)
 
-# %% ../nbs/20_indices.ipynb #da436cc2
+# %% ../nbs/20_indices.ipynb #03375a1a
 INDICES = {'NDVI': ('B08', 'B04'), 'NDRE': ('B08', 'B05'), 'NDMI': ('B08', 'B11'), 'NDTI': ('B11', 'B12')} # Bands of each index
 
 def index(

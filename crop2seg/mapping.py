@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['starts', 'taper', 'check_fit', 'window_probs', 'predict_map']
 
-# %% ../nbs/60_mapping.ipynb #6f7feefe
+# %% ../nbs/60_mapping.ipynb #77126b02
 from collections.abc import Iterator
 import numpy as np
 import torch
@@ -15,18 +15,19 @@ from tqdm import tqdm
 from .dataset import normalise
 from .season import Season
 
-# %% ../nbs/60_mapping.ipynb #964fbe22
+# %% ../nbs/60_mapping.ipynb #03197a66
 def starts(
     length:int, # Of the cube along one axis, pixels
     window:int, # Of a window, pixels
     overlap:int, # At least this much, pixels
 ) -> list[int]: # First pixel of each window
     "Where windows begin along one axis."
-    if not 0 <= overlap < window: raise ValueError(f'an overlap of {overlap} does not fit windows of {window} pixels; take less than the window')
+    if not 0 <= overlap < window:
+        raise ValueError(f'an overlap of {overlap} does not fit windows of {window} pixels; take less than the window')
     if length <= window: return [0]
     return np.linspace(0, length - window, 1 + -(-(length - window) // (window - overlap))).round().astype(int).tolist()
 
-# %% ../nbs/60_mapping.ipynb #b004ddbe
+# %% ../nbs/60_mapping.ipynb #c2566a90
 def taper(
     height:int, # Of a window, pixels
     width:int, # Of a window, pixels
@@ -36,21 +37,25 @@ def taper(
     ramp = lambda n: np.sin(np.pi / 2 * np.minimum(1, (np.minimum(np.arange(n), np.arange(n)[::-1]) + .5) / max(overlap, .5)))**2
     return np.outer(ramp(height), ramp(width)).astype('float32')
 
-# %% ../nbs/60_mapping.ipynb #7835e0a8
+# %% ../nbs/60_mapping.ipynb #de0c6904
 def check_fit(
     cube:xr.Dataset, # To be mapped
     run:dict, # The run.json of a trained model
 ) -> None:
     "ValueError unless a model and a cube speak of the same bands, and the model of its own legend."
     have, want = cube.band.values.tolist(), list(run['bands'])
-    if have != want: raise ValueError(f'the model was trained on {", ".join(want)}, the cube holds {", ".join(have)}; make a cube with the bands of the model')
-    if 'clear' not in cube or 'season_year' not in cube.attrs: raise ValueError('the cube lacks its clear observations or its season; make it with crop2seg cube')
-    if any(len(run['stats'].get(k, ())) != len(want) for k in ('mean', 'std')): raise ValueError('the run folder lacks the mean and std of its bands; copy it again')
+    if have != want:
+        raise ValueError(f'the model was trained on {", ".join(want)}, the cube holds {", ".join(have)}; make a cube with the bands of the model')
+    if 'clear' not in cube or 'season_year' not in cube.attrs:
+        raise ValueError('the cube lacks its clear observations or its season; make it with crop2seg cube')
+    if any(len(run['stats'].get(k, ())) != len(want) for k in ('mean', 'std')):
+        raise ValueError('the run folder lacks the mean and std of its bands; copy it again')
     legend, outputs = run['legend'], run['model']['args']['n_classes']
     known = [i for i in legend['ids'] if i != legend['void']]
-    if len(known) != outputs: raise ValueError(f'the model has {outputs} outputs, its legend {len(known)} classes; the run folder is inconsistent')
+    if len(known) != outputs:
+        raise ValueError(f'the model has {outputs} outputs, its legend {len(known)} classes; the run folder is inconsistent')
 
-# %% ../nbs/60_mapping.ipynb #d25412d9
+# %% ../nbs/60_mapping.ipynb #b600a8c8
 def window_probs(
     part:xr.Dataset, # A window of a cube: reflectance and clear
     model:torch.nn.Module, # model(x, days, pad, clear) -> logits
@@ -66,7 +71,7 @@ def window_probs(
     batch = [a[None].to(device) for a in (x, days, torch.zeros(len(days), dtype=torch.bool), torch.from_numpy(part.clear.values))]
     with torch.inference_mode(): return model(*batch).softmax(1)[0].float().cpu().numpy()
 
-# %% ../nbs/60_mapping.ipynb #e7d64ad9
+# %% ../nbs/60_mapping.ipynb #2f5f1f3d
 def predict_map(
     cube:xr.Dataset, # With reflectance and clear, and the attribute season_year
     model:torch.nn.Module, # In eval mode

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ready', 'whole', 'remove']
 
-# %% ../nbs/07_output.ipynb #b71515bb
+# %% ../nbs/07_output.ipynb #7c84672b
 import os
 import shutil
 import tempfile
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/07_output.ipynb #72f5e01f
+# %% ../nbs/07_output.ipynb #47cef0ec
 def ready(
     out:str|Path, # What will be written: a file or a folder
 ) -> Path: # The same, absolute; its parent exists
@@ -22,10 +22,11 @@ def ready(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent)).rmdir()
-    except OSError as e: raise ValueError(f'cannot write to {out.parent} ({e.strerror}); choose a folder that you may write to') from e
+    except OSError as e:
+        raise ValueError(f'cannot write to {out.parent} ({e.strerror}); choose a folder that you may write to') from e
     return out
 
-# %% ../nbs/07_output.ipynb #0167c81d
+# %% ../nbs/07_output.ipynb #1b0bc1b8
 @contextmanager
 def whole(
     path:str|Path, # File or folder to be written

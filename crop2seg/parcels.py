@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_parcels', 'burn', 'read_labels', 'connected']
 
-# %% ../nbs/30_parcels.ipynb #d7898887
+# %% ../nbs/30_parcels.ipynb #9ff29010
 from pathlib import Path
 import geopandas as gpd
 import numpy as np
@@ -18,7 +18,7 @@ from rasterio.features import rasterize
 from scipy.ndimage import label as components
 from .legend import Legend
 
-# %% ../nbs/30_parcels.ipynb #073fe47b
+# %% ../nbs/30_parcels.ipynb #dbb18bc0
 def read_parcels(
     path:str|Path, # GeoPackage, GeoParquet, Shapefile or GeoJSON
     legend:Legend, # Its ids are the valid classes
@@ -26,8 +26,10 @@ def read_parcels(
 ) -> gpd.GeoDataFrame: # parcel_id 1 ... N, class_id, geometry, in the file's projection
     "Parcels and their classes; FileNotFoundError or ValueError with the remedy."
     parcels = _read_vector(path)
-    if parcels.crs is None: raise ValueError(f'{path} names no projection (CRS); assign the right one, for example with QGIS, and try again')
-    if column not in parcels: raise ValueError(f'{path} has no column {column}; it has {", ".join(c for c in parcels if c != "geometry")}')
+    if parcels.crs is None:
+        raise ValueError(f'{path} names no projection (CRS); assign the right one, for example with QGIS, and try again')
+    if column not in parcels:
+        raise ValueError(f'{path} has no column {column}; it has {", ".join(c for c in parcels if c != "geometry")}')
     classes = pd.to_numeric(parcels[column], errors='coerce')
     if len(bad := parcels[column][~classes.isin(legend.ids)].unique()):
         raise ValueError(f'{path}: {column} holds {", ".join(map(str, bad[:5]))}, not classes of the legend (0 to {max(legend.ids)})')
@@ -41,7 +43,7 @@ def _read_vector(path): # A table with geometries
     except (pyogrio.errors.DataSourceError, ValueError, OSError) as e:
         raise ValueError(f'{path} cannot be read as parcels ({type(e).__name__}); give a GeoPackage, GeoParquet, Shapefile or GeoJSON') from e
 
-# %% ../nbs/30_parcels.ipynb #59fa5833
+# %% ../nbs/30_parcels.ipynb #c92c67eb
 def burn(
     parcels:gpd.GeoDataFrame, # As read by `read_parcels`
     grid:GeoBox, # Of the cube
@@ -52,10 +54,11 @@ def burn(
     local = local.iloc[local.area.argsort()[::-1]]
     burn_one = lambda values, fill, kind: rasterize(zip(local.geometry, values), grid.shape, fill, transform=grid.affine, dtype=kind)
     ids = burn_one(local.parcel_id, 0, 'int32')
-    if not ids.any(): raise ValueError('no parcel covers a pixel of the cube; do the parcels and the cube show the same place?')
+    if not ids.any():
+        raise ValueError('no parcel covers a pixel of the cube; do the parcels and the cube show the same place?')
     return burn_one(local.class_id, outside, 'uint8'), ids
 
-# %% ../nbs/30_parcels.ipynb #ab00de1e
+# %% ../nbs/30_parcels.ipynb #bea24163
 def read_labels(
     path:str|Path, # Raster of class ids
     grid:GeoBox, # Of the cube
@@ -65,14 +68,17 @@ def read_labels(
     if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist; give a raster of class ids')
     try:
         with rasterio.open(path) as f: values, where, code, missing = f.read(1), f.transform, f.crs, f.nodata
-    except rasterio.errors.RasterioError as e: raise ValueError(f'{path} cannot be read as a raster ({e.__cause__ or e})') from e
+    except rasterio.errors.RasterioError as e:
+        raise ValueError(f'{path} cannot be read as a raster ({e.__cause__ or e})') from e
     row, column = _position(path, where, code, grid)
     if missing is not None: values = np.where(np.isnan(values) if np.isnan(missing) else values == missing, legend.void, values)
-    if len(bad := np.setdiff1d(values, legend.ids)): raise ValueError(f'{path} holds {bad[:5].tolist()}, not classes of the legend')
+    if len(bad := np.setdiff1d(values, legend.ids)):
+        raise ValueError(f'{path} holds {bad[:5].tolist()}, not classes of the legend')
     labels = np.full(grid.shape, legend.void, 'uint8')
     rows, columns = (slice(max(0, s), max(0, min(n, s + m))) for s, n, m in zip((row, column), grid.shape, values.shape))
     labels[rows, columns] = values[rows.start - row:rows.stop - row, columns.start - column:columns.stop - column]
-    if (labels == legend.void).all(): raise ValueError(f'{path} labels no pixel of the cube; do they show the same place?')
+    if (labels == legend.void).all():
+        raise ValueError(f'{path} labels no pixel of the cube; do they show the same place?')
     return labels, connected(labels, legend.void)
 
 def _position(path, where, code, grid): # Row and column of a raster's corner on the grid
@@ -80,10 +86,11 @@ def _position(path, where, code, grid): # Row and column of a raster's corner on
         raise ValueError(f'{path} is in {code and code.to_string()}, the cube in EPSG:{grid.crs.epsg}; reproject the labels with nearest neighbour first')
     column, row = ~grid.affine * (where.c, where.f)
     same = np.allclose([*where[:2], *where[3:5], column, row], [*grid.affine[:2], *grid.affine[3:5], round(column), round(row)], atol=1e-3)
-    if not same: raise ValueError(f'{path} does not lie on the 10 m pixels of the cube; align it with nearest neighbour first')
+    if not same:
+        raise ValueError(f'{path} does not lie on the 10 m pixels of the cube; align it with nearest neighbour first')
     return round(row), round(column)
 
-# %% ../nbs/30_parcels.ipynb #422d1baa
+# %% ../nbs/30_parcels.ipynb #017bc489
 def connected(
     labels:Int[np.ndarray, "H W"], # Class ids
     void:int, # Not an area

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'corners', 'spatial_folds', 'cut', 'write_dataset', 'read_index', 'read_patch']
 
-# %% ../nbs/31_patches.ipynb #9eae6a61
+# %% ../nbs/31_patches.ipynb #f7198a77
 import hashlib
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from .bands import to_int16
 from .legend import Legend
 from .output import whole
 
-# %% ../nbs/31_patches.ipynb #e140dd62
+# %% ../nbs/31_patches.ipynb #45ffebd6
 def corners(
     height:int, # Of the cube, pixels
     width:int, # Of the cube, pixels
@@ -30,7 +30,7 @@ def corners(
     "Upper left corners of the patches that tile a cube."
     return [(r, c) for r in range(0, height, size) for c in range(0, width, size)]
 
-# %% ../nbs/31_patches.ipynb #57350333
+# %% ../nbs/31_patches.ipynb #f1a4c240
 def spatial_folds(
     x:np.ndarray, # Centres of the patches, metres
     y:np.ndarray, # Centres of the patches, metres
@@ -45,7 +45,7 @@ def spatial_folds(
         raise ValueError(f'the patches lie in {len(blocks)} block(s) of {block:g} m, fewer than {folds} folds; take smaller blocks or fewer folds')
     return (np.random.default_rng(seed).permutation(len(blocks)) % folds + 1)[member.ravel()]
 
-# %% ../nbs/31_patches.ipynb #c38bfd0f
+# %% ../nbs/31_patches.ipynb #edb0cb01
 def cut(
     cube:xr.Dataset, # With reflectance and clear
     labels:Int[np.ndarray, "H W"], # Class ids
@@ -63,7 +63,7 @@ def cut(
     return dict(series=fill(to_int16(part.reflectance.values), to_int16(np.float32('nan'))), clear=fill(part.clear.values, False),
                 labels=fill(labels[rows, columns], void), parcels=fill(ids[rows, columns], 0), dates=part.time.dt.strftime('%Y-%m-%d').values.tolist())
 
-# %% ../nbs/31_patches.ipynb #d9d15c08
+# %% ../nbs/31_patches.ipynb #c5eb3749
 PARTS = ('series', 'labels', 'parcels', 'clear') # Arrays of a patch, each a folder of .npy files
 
 def write_dataset(
@@ -86,14 +86,15 @@ def write_dataset(
         for name in PARTS: (part/name).mkdir(parents=True)
         for rc in tqdm(_labelled(labels, size, legend.void, labelled), desc='patches', disable=None):
             if patch := cut(cube, labels, ids, rc, size, legend.void): rows.append(_save(patch, part, rc, size, cube, legend, sha))
-        if not rows: raise ValueError(f'no patch has {labelled:.0%} of its pixels labelled and a clear date; take smaller patches or a lower share')
+        if not rows:
+            raise ValueError(f'no patch has {labelled:.0%} of its pixels labelled and a clear date; take smaller patches or a lower share')
         _index(rows, cube, block, folds, seed).to_parquet(part/'index.parquet')
         facts = dict(name=out.name, legend=legend.to_dict(), bands=cube.band.values.tolist(), season_year=season_year, patch_size=size,
                      folds=folds, block_m=block, seed=seed, source=cube.attrs.get('source', ''), fingerprint=sha.hexdigest()[:16])
         (part/'dataset.json').write_text(json.dumps(facts, indent=1))
     return out
 
-# %% ../nbs/31_patches.ipynb #fc72e00a
+# %% ../nbs/31_patches.ipynb #76dd78d2
 def _labelled(labels, size, void, share): # Corners of the patches that carry enough labels
     count = lambda r, c: (labels[r:r + size, c:c + size] != void).sum()
     return [rc for rc in corners(*labels.shape, size) if count(*rc) >= max(1, share * size**2)]
@@ -116,12 +117,13 @@ def _index(rows, cube, block, folds, seed): # The table of patches
     index.insert(2, 'epsg', cube.rio.crs.to_epsg())
     return index
 
-# %% ../nbs/31_patches.ipynb #92904d1c
+# %% ../nbs/31_patches.ipynb #6597f22b
 def read_index(
     folder:str|Path, # A data set written by `write_dataset`
 ) -> tuple[gpd.GeoDataFrame, dict]: # Table of patches, and the content of dataset.json
     "The table and the facts of a patch data set; FileNotFoundError if there is none."
-    if not (Path(folder)/'dataset.json').exists(): raise FileNotFoundError(f'{folder} holds no data set; make one with crop2seg dataset')
+    if not (Path(folder)/'dataset.json').exists():
+        raise FileNotFoundError(f'{folder} holds no data set; make one with crop2seg dataset')
     return gpd.read_parquet(Path(folder)/'index.parquet'), json.loads((Path(folder)/'dataset.json').read_text())
 
 def read_patch(

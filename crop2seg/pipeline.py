@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['season_of', 'note_clear', 'make_cube', 'take', 'make_dataset', 'find_run', 'paint', 'describe', 'map_crops']
 
-# %% ../nbs/70_pipeline.ipynb #ff0b1747
+# %% ../nbs/70_pipeline.ipynb #110f4c28
 import hashlib
 import json
 import os
@@ -37,7 +37,7 @@ from .season import Place, Season, grid_of
 from .stac import open_source, search
 from .training import load_run, train
 
-# %% ../nbs/70_pipeline.ipynb #abb9ef5e
+# %% ../nbs/70_pipeline.ipynb #9ecfa56d
 def season_of(
     items:list, # Scenes
 ) -> Season: # The season most of them belong to
@@ -45,7 +45,7 @@ def season_of(
     years = Counter(y for i in items for y in (i.datetime.year, i.datetime.year + 1) if Season(y).contains([i.datetime])[0])
     return Season(max(years, key=lambda y: (years[y], y)))
 
-# %% ../nbs/70_pipeline.ipynb #19f2abf2
+# %% ../nbs/70_pipeline.ipynb #944d3fb0
 def _digest(*parts): # Fingerprint of texts or bytes
     sha = hashlib.sha256()
     for p in parts: sha.update(p if isinstance(p, bytes) else f'{p}\n'.encode())
@@ -60,7 +60,7 @@ def _scenes(source, place, season): # Fingerprint of what a source holds
     cube = open_cube(source)
     return _digest(json.dumps(cube.attrs.get('request')), *cube.time.values)
 
-# %% ../nbs/70_pipeline.ipynb #473c7be4
+# %% ../nbs/70_pipeline.ipynb #a9bf2cae
 def note_clear(
     rows:pd.DataFrame, # A ledger
     share:xr.DataArray, # (time) clear share of each date
@@ -73,7 +73,7 @@ def note_clear(
     rows.loc[cloudy, 'status'] = 'dropped'
     return rows
 
-# %% ../nbs/70_pipeline.ipynb #6ee98fd4
+# %% ../nbs/70_pipeline.ipynb #5c01a4a7
 def make_cube(
     source:str|Path, # As `open_source` takes it
     out:str|Path, # A .zarr folder
@@ -103,7 +103,7 @@ def make_cube(
     save_cube(cube, out, overwrite=True); write_ledger(rows, book)
     return out
 
-# %% ../nbs/70_pipeline.ipynb #b5f6f9cc
+# %% ../nbs/70_pipeline.ipynb #8c3038d5
 def take(
     source:str|Path, # A saved cube, or anything `make_cube` takes
     work:str|Path, # Where a cube is made if the source is none
@@ -123,7 +123,7 @@ def take(
     if not part.sizes['x'] * part.sizes['y']: raise ValueError(f'the place lies outside cube {source}; choose a place within it')
     return part
 
-# %% ../nbs/70_pipeline.ipynb #a8cae3a5
+# %% ../nbs/70_pipeline.ipynb #1586ec7b
 def make_dataset(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # New folder of patches
@@ -146,7 +146,7 @@ def make_dataset(
     image, ids = burn(table, grid, 0 if complete else legend.void) if parcels else read_labels(labels, grid, legend)
     return write_dataset(cube, image, ids, out, legend, int(cube.attrs['season_year']), **kwargs)
 
-# %% ../nbs/70_pipeline.ipynb #afb1b50b
+# %% ../nbs/70_pipeline.ipynb #815ebfbe
 def find_run(
     model:str|Path|None, # A run folder or the name of a bundled one
 ) -> Path: # A run folder
@@ -157,7 +157,7 @@ def find_run(
     offer = f'one of {", ".join(bundled)}, or ' if bundled else ''
     raise FileNotFoundError(f'{"no model was named" if model is None else f"there is no model {model}"}; give --model {offer}a folder written by crop2seg train')
 
-# %% ../nbs/70_pipeline.ipynb #0b03867d
+# %% ../nbs/70_pipeline.ipynb #b7961ae7
 def paint(
     cube:xr.Dataset, # With reflectance and clear
     model, # In eval mode
@@ -190,7 +190,7 @@ def _inside(place, grid): # Pixels whose centre lies in the place
     local = transform_geom('EPSG:4326', grid.crs.to_wkt(), place.geometry.__geo_interface__)
     return geometry_mask([local], grid.shape, grid.affine, invert=True)
 
-# %% ../nbs/70_pipeline.ipynb #b15beeb7
+# %% ../nbs/70_pipeline.ipynb #47a4c742
 def _state(out, request, overwrite): # 'free' or 'same'; ValueError for what must not be replaced
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return 'free'
     try: same = json.loads((out/'run.json').read_text())['request'] == json.loads(json.dumps(request))
@@ -221,7 +221,7 @@ def _keep_inputs(source, kept, bundle): # The ledger and, if it was made for thi
     if beside.exists(): shutil.copyfile(beside, bundle/'ledger.csv')
     if made: os.replace(kept, bundle/'cube.zarr')
 
-# %% ../nbs/70_pipeline.ipynb #206ec887
+# %% ../nbs/70_pipeline.ipynb #1a9a47d1
 def describe(
     cube:xr.Dataset, # That was mapped
     run:dict, # run.json of the model
@@ -236,7 +236,7 @@ def describe(
                 legend=run['legend'], crs=cube.rio.crs.to_string(), transform=list(cube.rio.transform())[:6], mapped_pixels=total,
                 cube=str(Path(source).absolute()) if Path(source).suffix == '.zarr' else 'cube.zarr', note='Areas are counts of pixels, without an interval.')
 
-# %% ../nbs/70_pipeline.ipynb #f8dbf829
+# %% ../nbs/70_pipeline.ipynb #d0a0ce93
 def map_crops(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # Folder of the bundle
@@ -253,7 +253,8 @@ def map_crops(
     starts(1000, kwargs.get('window', 128), kwargs.get('overlap', 32)) # refuses an overlap that does not fit
     weights = _digest(*((folder/f).read_bytes() for f in ('model.safetensors', 'run.json')))
     request = _request(source, _scenes(source, place, season), place, season, model=weights, **kwargs)
-    if Path(source).absolute().is_relative_to(out): raise ValueError(f'the source lies in {out}, which would be replaced; name another folder')
+    if Path(source).absolute().is_relative_to(out):
+        raise ValueError(f'the source lies in {out}, which would be replaced; name another folder')
     if _state(out, request, overwrite) == 'same': log(f'{out} is there already'); return out
     kept = _kept(out, request, overwrite)
     cube = take(source, kept, place, season, bands=tuple(run['bands']), log=log)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Recipe', 'settle', 'choose_device', 'choose_precision']
 
-# %% ../nbs/38_recipe.ipynb #a0d13a43
+# %% ../nbs/38_recipe.ipynb #12240b55
 from dataclasses import asdict, dataclass
 import torch
 
-# %% ../nbs/38_recipe.ipynb #52c089e8
+# %% ../nbs/38_recipe.ipynb #7d5a492f
 @dataclass(frozen=True)
 class Recipe:
     "What decides the result of a training."
@@ -31,7 +31,7 @@ class Recipe:
     select:str='last' # Weights that become the model: 'last' or 'best'
     start_from:str|None=None # Run folder whose weights are the start
 
-# %% ../nbs/38_recipe.ipynb #40b2d6ee
+# %% ../nbs/38_recipe.ipynb #a7911c1c
 def settle(
     recipe:Recipe, # As asked for
     folds:list, # Folds of the data set
@@ -42,7 +42,8 @@ def settle(
     train = tuple(sorted(int(f) for f in (rest if r.train_folds is None else r.train_folds)))
     missing = [f for f in {*train, *([] if r.valid_fold is None else [r.valid_fold])} if f not in folds]
     if missing: raise ValueError(f"fold {missing[0]} is not in the data set, which has folds {folds}")
-    if r.valid_fold in train: raise ValueError(f"fold {r.valid_fold} is trained on and held out; drop it from one of them")
+    if r.valid_fold in train:
+        raise ValueError(f"fold {r.valid_fold} is trained on and held out; drop it from one of them")
     if not train: raise ValueError("no fold is left to train on; hold out fewer folds or make a data set with more")
     if r.select not in ('last', 'best'): raise ValueError(f"select is {r.select!r}; choose 'last' or 'best'")
     if r.select == 'best' and r.valid_fold is None:
@@ -55,7 +56,7 @@ def settle(
     return Recipe(**asdict(r) | dict(
         model_args=dict(r.model_args or {}) or None, train_folds=train, valid_fold=held_out, start_from=start))
 
-# %% ../nbs/38_recipe.ipynb #2d731358
+# %% ../nbs/38_recipe.ipynb #6cae6ed7
 def choose_device(
     device:str|None=None, # 'cpu', 'cuda', 'cuda:1'; None takes a graphics card where there is one
 ) -> str: # Device for torch
@@ -73,5 +74,6 @@ def choose_precision(
     if precision not in (None, 'fp32', 'bf16', 'fp16'):
         raise ValueError(f"precision is {precision!r}; choose fp32, bf16 or fp16")
     if device.startswith('cuda'): return precision or ('bf16' if torch.cuda.is_bf16_supported() else 'fp16')
-    if precision in ('bf16', 'fp16'): raise ValueError(f"precision {precision} needs a graphics card; use fp32 on {device}")
+    if precision in ('bf16', 'fp16'):
+        raise ValueError(f"precision {precision} needs a graphics card; use fp32 on {device}")
     return 'fp32'

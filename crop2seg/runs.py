@@ -6,7 +6,7 @@
 __all__ = ['RUN_FILES', 'new_run', 'resumable', 'same_training', 'write_reports', 'keep_epoch', 'read_run', 'training_state',
            'restore_state', 'transfer', 'begin', 'start_from', 'seen_folds', 'may_score', 'check_held_out']
 
-# %% ../nbs/39_runs.ipynb #e0e6baa8
+# %% ../nbs/39_runs.ipynb #4b138a40
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from .files import json_safe, load_tensors, save_tensors, write_json
 from .legend import Legend
 from .recipe import Recipe
 
-# %% ../nbs/39_runs.ipynb #e828c2a4
+# %% ../nbs/39_runs.ipynb #8e1b9576
 def new_run(
     recipe:Recipe, # Settled
     facts:dict, # dataset.json
@@ -36,7 +36,7 @@ def new_run(
                   valid_fold=recipe.valid_fold, seen=[[facts['fingerprint'], recipe.train_folds]]),
         training=asdict(recipe) | dict(epochs_done=0, history=[]), scores=None))
 
-# %% ../nbs/39_runs.ipynb #5e741d40
+# %% ../nbs/39_runs.ipynb #389af648
 RUN_FILES = ('model.safetensors', 'best.safetensors', 'last.safetensors', 'run.json', 'state.json')
 
 def resumable(
@@ -58,7 +58,7 @@ def resumable(
         raise ValueError(f"{out} has no last.safetensors to resume from; overwrite it or name another folder")
     return None
 
-# %% ../nbs/39_runs.ipynb #5bfdda7a
+# %% ../nbs/39_runs.ipynb #8a1d9f17
 def same_training(
     run:dict, # Of the interrupted training
     recipe:Recipe, # Settled, as asked for now
@@ -74,7 +74,7 @@ def same_training(
             raise ValueError(f"{out} was begun with {what} {before}, not {now}; resume with the same or name a new folder")
     return run
 
-# %% ../nbs/39_runs.ipynb #afe3cf89
+# %% ../nbs/39_runs.ipynb #67ce8ae6
 def write_reports(
     out:Path, # Run folder
     run:dict, # As in the note of last.safetensors
@@ -84,7 +84,7 @@ def write_reports(
     keys = ('epochs_done', 'epochs', 'best_epoch', 'best_miou', 'selected_epoch')
     write_json(out/'state.json', {k: run['training'].get(k) for k in keys})
 
-# %% ../nbs/39_runs.ipynb #f5cf4fa4
+# %% ../nbs/39_runs.ipynb #7b2ed1ce
 def keep_epoch(
     out:Path, # Run folder
     tensors:dict, # Model (names model.…) and optimiser after the epoch
@@ -109,7 +109,7 @@ def keep_epoch(
     save_tensors(out/'last.safetensors', tensors, dict(run=run, numbers=numbers))
     write_reports(out, run)
 
-# %% ../nbs/39_runs.ipynb #a696698c
+# %% ../nbs/39_runs.ipynb #d2ec0289
 def read_run(
     path:str|Path, # Run folder
 ) -> dict: # Content of run.json
@@ -124,7 +124,7 @@ def read_run(
     if missing: raise ValueError(f"{f} lacks {', '.join(missing)}; it was not written by crop2seg train")
     return run
 
-# %% ../nbs/39_runs.ipynb #84a647cd
+# %% ../nbs/39_runs.ipynb #246a93ff
 def training_state(
     learn, # A fastai Learner with an optimiser
 ) -> tuple[dict, list]: # Tensors of model and optimiser, plain numbers of the optimiser
@@ -147,7 +147,7 @@ def restore_state(
         if key.startswith('optimiser.'): _, i, name = key.split('.', 2); states[int(i)][name] = v.to(device)
     learn.opt.load_state_dict(dict(state=states, hypers=learn.opt.hypers))
 
-# %% ../nbs/39_runs.ipynb #0cfb86aa
+# %% ../nbs/39_runs.ipynb #7d36803f
 def transfer(
     model:nn.Module, # Freshly built
     tensors:dict, # Weights of another run
@@ -163,7 +163,7 @@ def transfer(
     model.load_state_dict({**own, **fit})
     return [k for k in own if k not in fit]
 
-# %% ../nbs/39_runs.ipynb #d6600909
+# %% ../nbs/39_runs.ipynb #4f3c3693
 def begin(
     recipe:Recipe, # Settled
     folder:Path, # Patch data set
@@ -189,7 +189,7 @@ def start_from(
     same = [[legend.names[legend.ids.index(c)] for c in legend.classes] for legend in classes]
     return transfer(model, load_tensors(Path(path)/'model.safetensors')[0], same[0] == same[1])
 
-# %% ../nbs/39_runs.ipynb #8e8c025d
+# %% ../nbs/39_runs.ipynb #25f9915e
 def seen_folds(
     run:dict, # Content of run.json
     facts:dict, # dataset.json
@@ -211,9 +211,10 @@ def may_score(
         if run['legend'][key] != facts['legend'][key]:
             raise ValueError(f"{name} has a legend whose {key} differ from those of the data set; remap the labels first")
     both = sorted(seen_folds(run, facts) & set(folds))
-    if both: raise ValueError(f"{name} was trained on fold {both[0]}, a score there is memory; choose its held-out fold")
+    if both:
+        raise ValueError(f"{name} was trained on fold {both[0]}, a score there is memory; choose its held-out fold")
 
-# %% ../nbs/39_runs.ipynb #1a1c3ae2
+# %% ../nbs/39_runs.ipynb #42f4b778
 def check_held_out(
     run:dict, # Content of run.json
     path, # For the message

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Season', 'to_days', 'Place', 'read_place', 'utm_epsg', 'grid_of', 'growing_degree_days']
 
-# %% ../nbs/02_season.ipynb #3f153189
+# %% ../nbs/02_season.ipynb #c3654020
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -19,7 +19,7 @@ from odc.geo.geobox import GeoBox
 from pyogrio.errors import DataSourceError
 from pyproj import CRS
 
-# %% ../nbs/02_season.ipynb #253a6b5f
+# %% ../nbs/02_season.ipynb #41d893c7
 @dataclass(frozen=True)
 class Season:
     "The dates of one harvest year; raises ValueError when it would end before it starts."
@@ -34,13 +34,13 @@ class Season:
         if self.start > self.end:
             raise ValueError(f"season {self.year} would start {self.start} and end {self.end}; swap the two dates")
 
-# %% ../nbs/02_season.ipynb #54d43891
+# %% ../nbs/02_season.ipynb #bfad8a9d
 @patch(as_prop=True)
 def origin(self:Season) -> date: # day 0 of the clock
     "1 September of the year before the harvest."
     return date(self.year - 1, 9, 1)
 
-# %% ../nbs/02_season.ipynb #e2c2268b
+# %% ../nbs/02_season.ipynb #d4ddfe92
 def to_days(
     times, # one time or many: text, date, datetime, numpy or pandas times; a zone is turned into UTC
 ) -> np.ndarray: # datetime64[D], one dimension
@@ -48,7 +48,7 @@ def to_days(
     times = pd.to_datetime(np.atleast_1d(np.asarray(times)), utc=True, format='mixed')
     return pd.DatetimeIndex(times).tz_localize(None).values.astype('datetime64[D]')
 
-# %% ../nbs/02_season.ipynb #655ce8ed
+# %% ../nbs/02_season.ipynb #f797722a
 @patch
 def days(
     self:Season,
@@ -57,7 +57,7 @@ def days(
     "Whole days since 1 September of the year before."
     return (to_days(times) - np.datetime64(self.origin)).astype(np.int32)
 
-# %% ../nbs/02_season.ipynb #b0cbb47f
+# %% ../nbs/02_season.ipynb #aa409e4f
 @patch
 def contains(
     self:Season,
@@ -66,13 +66,13 @@ def contains(
     "Which times lie in the season."
     return (to_days(times) >= np.datetime64(self.start)) & (to_days(times) <= np.datetime64(self.end))
 
-# %% ../nbs/02_season.ipynb #54ea0ac1
+# %% ../nbs/02_season.ipynb #941d27bd
 @dataclass(frozen=True)
 class Place:
     "An area of interest."
     geometry: shapely.Geometry # polygon or multipolygon in longitude and latitude
 
-# %% ../nbs/02_season.ipynb #5d33299a
+# %% ../nbs/02_season.ipynb #6f6ac7f0
 @patch(cls_method=True)
 def from_bbox(
     cls:Place,
@@ -89,14 +89,15 @@ def from_bbox(
         raise ValueError(f"box {box} is empty or turned; give it as west, south, east, north")
     return cls(shapely.box(*box))
 
-# %% ../nbs/02_season.ipynb #3299aa49
+# %% ../nbs/02_season.ipynb #f28ad3ad
 def read_place(
     path:str|Path, # vector file with polygons
 ) -> Place: # union of its shapes, in longitude and latitude
     "Place from a file; raises FileNotFoundError, or ValueError if it has no CRS, no shape or not only polygons."
     if not Path(path).exists(): raise FileNotFoundError(f"no file at {path}; give a GeoJSON, GPKG, SHP or Parquet file")
     try: shapes = (gpd.read_parquet if Path(path).suffix in ('.parquet', '.geoparquet') else gpd.read_file)(path)
-    except (DataSourceError, ValueError, OSError) as e: raise ValueError(f"{path} cannot be read as a place; give a GeoJSON, GPKG, SHP or Parquet file") from e
+    except (DataSourceError, ValueError, OSError) as e:
+        raise ValueError(f"{path} cannot be read as a place; give a GeoJSON, GPKG, SHP or Parquet file") from e
     if not isinstance(shapes, gpd.GeoDataFrame) or shapes.geometry.dropna().empty:
         raise ValueError(f"{path} holds no shape; draw the area as a polygon and save it again")
     if shapes.crs is None:
@@ -105,7 +106,7 @@ def read_place(
         raise ValueError(f"{path} holds {', '.join(other)}; an area must be drawn as polygons")
     return Place(shapes.to_crs(4326).geometry.make_valid().union_all())
 
-# %% ../nbs/02_season.ipynb #e043a926
+# %% ../nbs/02_season.ipynb #45a62d33
 def utm_epsg(
     lon:float, # longitude, degrees
     lat:float, # latitude, degrees
@@ -117,13 +118,13 @@ def utm_epsg(
     if lat >= 72 and 6 <= lon < 36: zone = 2*int((lon + 3) // 12) + 31
     return (32600 if lat >= 0 else 32700) + zone
 
-# %% ../nbs/02_season.ipynb #75f08fba
+# %% ../nbs/02_season.ipynb #a874fa84
 @patch(as_prop=True)
 def epsg(self:Place) -> int: # EPSG code
     "UTM zone of the place's centroid."
     return utm_epsg(self.geometry.centroid.x, self.geometry.centroid.y)
 
-# %% ../nbs/02_season.ipynb #d665db7d
+# %% ../nbs/02_season.ipynb #eb8a28dc
 def grid_of(
     place:Place, # area to cover
     epsg:int|None=None, # projected CRS in metres; None: the UTM zone of the place
@@ -139,7 +140,7 @@ def grid_of(
     edges = np.floor(left), np.floor(bottom), np.ceil(right), np.ceil(top)
     return GeoBox.from_bbox([float(e)*step for e in edges], crs=crs.to_string(), resolution=res, tight=True)
 
-# %% ../nbs/02_season.ipynb #dc14ab4c
+# %% ../nbs/02_season.ipynb #9729d44c
 def growing_degree_days(
     tmean:Float[np.ndarray, "T"], # daily mean air temperature from day 0 of the season, degrees Celsius
     base:float=0., # below this nothing grows, degrees Celsius

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CURVES', 'LEAF', 'SOIL', 'landscape', 'green_cover', 'clouds', 'scene', 'simulate']
 
-# %% ../nbs/06_simulate.ipynb #006d829b
+# %% ../nbs/06_simulate.ipynb #027fb921
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 import geopandas as gpd
@@ -22,7 +22,7 @@ from shapely.geometry import box, mapping, shape
 from .bands import BAND_TABLE, BANDS
 from .legend import read_legend
 
-# %% ../nbs/06_simulate.ipynb #247e2797
+# %% ../nbs/06_simulate.ipynb #258ac013
 def landscape(
     size:int, # Edge of the square, pixels
     parcels:int, # Number of parcels
@@ -34,7 +34,7 @@ def landscape(
     distance = np.linalg.norm(pixels[:, :, None] - points, axis=-1)
     return distance.argmin(-1).astype('int32') + 1
 
-# %% ../nbs/06_simulate.ipynb #6fac23d4
+# %% ../nbs/06_simulate.ipynb #496be844
 CURVES = pd.DataFrame(
     [(0, .35, .75, 235, 400, 12), (1, .50, .85, 205, 420, 14), (3, .05, .90, 248, 322, 8),
      (4, .20, .95, 205, 305, 9), (5, .30, .95, 200, 298, 9), (6, .05, .95, 290, 385, 9)],
@@ -50,11 +50,11 @@ def green_cover(
     rise, fall = (1 / (1 + np.exp(-(t - d) / c.width)) for d in (c.rise, c.fall))
     return c.least + (c.most - c.least) * (rise - fall).clip(0)
 
-# %% ../nbs/06_simulate.ipynb #eaf343ae
+# %% ../nbs/06_simulate.ipynb #a6ba191b
 LEAF = np.array([.025, .055, .030, .085, .300, .400, .430, .450, .200, .090]) # Closed canopy, per band
 SOIL = np.array([.050, .075, .100, .125, .145, .165, .180, .195, .255, .205]) # Moist bare soil, per band
 
-# %% ../nbs/06_simulate.ipynb #b18c0616
+# %% ../nbs/06_simulate.ipynb #3a886f1f
 def clouds(
     size:int, # Edge of the scene, pixels
     share:float, # Part of the scene under cloud, 0 to 1
@@ -65,7 +65,7 @@ def clouds(
     cloud = field > np.quantile(field, 1 - share) if share > 0 else np.zeros((size, size), bool)
     return cloud, np.roll(cloud, (6, -6), (0, 1)) & ~cloud
 
-# %% ../nbs/06_simulate.ipynb #78cf312d
+# %% ../nbs/06_simulate.ipynb #08782a8c
 def scene(
     cover:Float[np.ndarray, "H W"], # Green cover
     share:float, # Cloud cover, 0 to 1
@@ -84,7 +84,7 @@ def scene(
 
 def _coarse(dn): return np.rint(dn.reshape(len(dn)//2, 2, -1, 2).mean((1, 3))).astype('uint16')
 
-# %% ../nbs/06_simulate.ipynb #a2a38dfc
+# %% ../nbs/06_simulate.ipynb #0601c954
 _EXTENSIONS = [f'https://stac-extensions.github.io/{e}/schema.json' for e in ('projection/v2.0.0', 'raster/v1.1.0', 'eo/v1.1.0', 'grid/v1.1.0')]
 
 def _write(path, array, gsd, origin, epsg): # One band as a cloud-optimised GeoTIFF
@@ -114,7 +114,7 @@ def _item(folder, when, tile, baseline, cover, share, rng, origin, epsg): # File
         item.add_asset('scl' if band == 'SCL' else BAND_TABLE.common[band], _asset(band, gsd, array, offset, origin))
     return item
 
-# %% ../nbs/06_simulate.ipynb #52e136a9
+# %% ../nbs/06_simulate.ipynb #64c03e42
 def _write_truth(out, ids, classes, origin, epsg): # labels.tif and parcels.gpkg
     labels = classes[ids - 1].astype('uint8')
     profile = dict(width=len(ids), height=len(ids), count=1, dtype='uint8', crs=f'EPSG:{epsg}',
@@ -126,7 +126,7 @@ def _write_truth(out, ids, classes, origin, epsg): # labels.tif and parcels.gpkg
     table = gpd.GeoDataFrame(rows, crs=f'EPSG:{epsg}').dissolve('parcel_id', as_index=False)
     table[['parcel_id', 'crop', 'class_id', 'geometry']].to_file(out/'parcels.gpkg')
 
-# %% ../nbs/06_simulate.ipynb #89e1cf80
+# %% ../nbs/06_simulate.ipynb #65e604a8
 def simulate(
     out:str|Path, # New folder for catalog.json, scenes, labels.tif and parcels.gpkg
     year:int=2019, # Season year: the year of harvest
@@ -142,7 +142,8 @@ def simulate(
 ) -> Path: # The catalog.json that was written
     "Write a simulated season as a static STAC catalog with its truth; ValueError if `out` holds something already."
     out = Path(out)
-    if out.exists() and any(out.iterdir()): raise ValueError(f'{out} is not empty; name a new folder for the simulated season')
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f'{out} is not empty; name a new folder for the simulated season')
     rng = np.random.default_rng(seed)
     ids = landscape(size, parcels, rng)
     classes, shift = rng.choice(CURVES.index.to_numpy(), parcels), rng.normal(0, 5, parcels)

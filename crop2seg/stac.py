@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'ASSET_NAMES', 'open_source', 'search', 'band_assets', 'scene_table']
 
-# %% ../nbs/10_stac.ipynb #989f3282
+# %% ../nbs/10_stac.ipynb #e367a8b2
 from pathlib import Path
 from urllib.parse import urlparse
 import pandas as pd
@@ -16,7 +16,7 @@ from .bands import BANDS
 from .legend import data_dir
 from .season import Place, Season
 
-# %% ../nbs/10_stac.ipynb #16eeeae9
+# %% ../nbs/10_stac.ipynb #49503e66
 SOURCES = {'earth-search': 'https://earth-search.aws.element84.com/v1'} # Public STAC APIs by name
 
 def open_source(
@@ -30,17 +30,18 @@ def open_source(
         raise FileNotFoundError(f'source {where} does not exist; give a catalog.json, a STAC API address or one of {", ".join(SOURCES)}')
     return _open_static(where if '://' in where else str(path))
 
-# %% ../nbs/10_stac.ipynb #4f6ae2d4
+# %% ../nbs/10_stac.ipynb #c3fcf51a
 def _open_api(url): # A STAC API client
     try: return pystac_client.Client.open(url, timeout=60)
-    except Exception as e: raise ValueError(f'{url} does not answer as a STAC API ({type(e).__name__}); check the address and the network') from e
+    except Exception as e:
+        raise ValueError(f'{url} does not answer as a STAC API ({type(e).__name__}); check the address and the network') from e
 
 def _open_static(href): # A catalog of files
     try: return pystac.Catalog.from_file(href)
     except Exception as e: # whatever a file that is no catalog, or a dead address, may cause
         raise ValueError(f'{href} is not a STAC catalog ({type(e).__name__}); give the catalog.json of a static catalog') from e
 
-# %% ../nbs/10_stac.ipynb #3b158f85
+# %% ../nbs/10_stac.ipynb #a5a40cc8
 def search(
     source:pystac.Catalog, # As opened by `open_source`
     place:Place=None, # Where; may be left out for a static catalog
@@ -51,7 +52,8 @@ def search(
     if isinstance(source, pystac_client.Client) and source.conforms_to('ITEM_SEARCH'):
         items = _ask(source, place, season, collection)
     else: items = _walk(source, place)
-    if not items: raise ValueError(f'{source.id} has no scene {"of this place" if place else "at all"}; check the place and the season')
+    if not items:
+        raise ValueError(f'{source.id} has no scene {"of this place" if place else "at all"}; check the place and the season')
     return sorted(items, key=lambda i: (i.datetime, i.id))
 
 def _walk(catalog, place): # The items of a static catalog
@@ -60,12 +62,13 @@ def _walk(catalog, place): # The items of a static catalog
         raise ValueError(f'catalog {catalog.id} holds something that cannot be read ({" ".join(str(e).split())}); mend or remove it') from e
 
 def _ask(client, place, season, collection): # A search of a STAC API
-    if place is None or season is None: raise ValueError('a STAC API needs a place and a season; give --bbox or --aoi, and --season')
+    if place is None or season is None:
+        raise ValueError('a STAC API needs a place and a season; give --bbox or --aoi, and --season')
     try: return list(client.search(collections=[collection], intersects=place.geometry.__geo_interface__,
                                    datetime=f'{season.start}/{season.end}', max_items=None).items())
     except pystac_client.exceptions.APIError as e: raise ValueError(f'{client.id} refused the search: {e}') from e
 
-# %% ../nbs/10_stac.ipynb #c1c65a0d
+# %% ../nbs/10_stac.ipynb #d0dd1db7
 ASSET_NAMES = {
     'B02': ('B02', 'blue', 'B02_10m'), 'B03': ('B03', 'green', 'B03_10m'), 'B04': ('B04', 'red', 'B04_10m'),
     'B05': ('B05', 'rededge1', 'B05_20m'), 'B06': ('B06', 'rededge2', 'B06_20m'), 'B07': ('B07', 'rededge3', 'B07_20m'),
@@ -82,7 +85,7 @@ def band_assets(
     if missing: raise ValueError(f'scene {item.id} has no {", ".join(missing)}; it cannot be used with these bands')
     return keys
 
-# %% ../nbs/10_stac.ipynb #df3d2efe
+# %% ../nbs/10_stac.ipynb #5ad08694
 def scene_table(
     items:list[pystac.Item], # As found by `search`
 ) -> pd.DataFrame: # One row a scene: scene, datetime, tile, cloud_cover (percent), baseline

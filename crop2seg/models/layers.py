@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['norm', 'conv', 'conv_block', 'per_date', 'DownBlock', 'UpBlock', 'pad_to', 'UNet2d', 'head']
 
-# %% ../../nbs/40_models.layers.ipynb #0329ebdf
+# %% ../../nbs/40_models.layers.ipynb #1c6b81f8
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 
-# %% ../../nbs/40_models.layers.ipynb #2805a216
+# %% ../../nbs/40_models.layers.ipynb #d0b9450e
 def norm(
     kind:str, # 'batch' or 'group'
     n:int, # Number of features
@@ -23,7 +23,7 @@ def norm(
     if kind == 'group': return nn.GroupNorm(max(g for g in range(1, groups + 1) if n % g == 0), n)
     raise ValueError(f"norm {kind!r} does not exist; choose 'batch' or 'group'")
 
-# %% ../../nbs/40_models.layers.ipynb #278cdd36
+# %% ../../nbs/40_models.layers.ipynb #65ed297d
 def conv(
     c_in:int, # Features in
     c_out:int, # Features out
@@ -36,7 +36,7 @@ def conv(
     layer = nn.Conv2d(c_in, c_out, size, stride, pad, padding_mode='replicate' if pad else 'zeros', bias=False)
     return nn.Sequential(layer, norm(kind, c_out), nn.ReLU(inplace=True))
 
-# %% ../../nbs/40_models.layers.ipynb #c7c43565
+# %% ../../nbs/40_models.layers.ipynb #172f1acc
 def conv_block(
     *widths:int, # Features in, then the features after each convolution
     kind:str='batch', # Norm, see `norm`
@@ -44,7 +44,7 @@ def conv_block(
     "A row of 3 x 3 convolutions."
     return nn.Sequential(*[conv(a, b, kind) for a, b in zip(widths, widths[1:])])
 
-# %% ../../nbs/40_models.layers.ipynb #c4d17941
+# %% ../../nbs/40_models.layers.ipynb #cf882fb5
 def per_date(
     block:nn.Module, # Works on (N C H W), gives (N D H' W')
     x:Float[Tensor, "B T C H W"], # Frames
@@ -52,7 +52,8 @@ def per_date(
     chunk:int=4, # Frames at a time in evaluation mode
 ) -> Float[Tensor, "B T D h w"]: # Zeros on padded dates
     "Apply `block` to every valid date; ValueError if a sample has none."
-    if pad.all(1).any(): raise ValueError(f"sample {pad.all(1).nonzero()[0].item()} of the batch has only padded dates; leave it out")
+    if pad.all(1).any():
+        raise ValueError(f"sample {pad.all(1).nonzero()[0].item()} of the batch has only padded dates; leave it out")
     b, t = (~pad).nonzero(as_tuple=True)
     step, out = len(b) if block.training else chunk, None
     for i, j in zip(b.split(step), t.split(step)):
@@ -61,7 +62,7 @@ def per_date(
         out[i, j] = y
     return out
 
-# %% ../../nbs/40_models.layers.ipynb #690ac901
+# %% ../../nbs/40_models.layers.ipynb #1cc3288f
 class DownBlock(nn.Module):
     "Halve the image: (N c_in H W) -> (N c_out H/2 W/2)."
     def __init__(self,
@@ -77,7 +78,7 @@ class DownBlock(nn.Module):
         x = self.first(self.shrink(x))
         return x + self.second(x)
 
-# %% ../../nbs/40_models.layers.ipynb #474d657c
+# %% ../../nbs/40_models.layers.ipynb #22a7190f
 class UpBlock(nn.Module):
     "Double the image and join the skip: (N c_in H W), (N c_skip 2H 2W) -> (N c_out 2H 2W)."
     def __init__(self,
@@ -95,7 +96,7 @@ class UpBlock(nn.Module):
         x = self.first(torch.cat([self.grow(x), self.skip(skip)], 1))
         return x + self.second(x)
 
-# %% ../../nbs/40_models.layers.ipynb #bdfcb933
+# %% ../../nbs/40_models.layers.ipynb #9a3fe930
 def pad_to(
     x:Float[Tensor, "N C H W"], # Image of any size from 1 x 1
     multiple:int, # Both sides become multiples of this, px
@@ -105,7 +106,7 @@ def pad_to(
     if h % multiple == 0 and w % multiple == 0: return x
     return F.pad(x, (0, -w % multiple, 0, -h % multiple), mode='replicate')
 
-# %% ../../nbs/40_models.layers.ipynb #c50eded4
+# %% ../../nbs/40_models.layers.ipynb #7dc23579
 class UNet2d(nn.Module):
     "U-Net for single images of any size: (N widths[0] H W) -> (N decoder[0] H W)."
     def __init__(self,
@@ -114,7 +115,8 @@ class UNet2d(nn.Module):
         kind:str='batch', # Norm, see `norm`
     ):
         super().__init__()
-        if len(decoder) != len(widths) - 1: raise ValueError(f"{len(widths)} widths need {len(widths) - 1} decoder widths, not {len(decoder)}")
+        if len(decoder) != len(widths) - 1:
+            raise ValueError(f"{len(widths)} widths need {len(widths) - 1} decoder widths, not {len(decoder)}")
         below = [*decoder[1:], widths[-1]]
         self.down = nn.ModuleList(DownBlock(a, b, kind) for a, b in zip(widths, widths[1:]))
         self.up = nn.ModuleList(UpBlock(a, s, d, kind) for a, s, d in zip(below, widths, decoder))
@@ -127,7 +129,7 @@ class UNet2d(nn.Module):
         for up in reversed(self.up): x = up(x, levels.pop())
         return x[..., :h, :w]
 
-# %% ../../nbs/40_models.layers.ipynb #4612ecc9
+# %% ../../nbs/40_models.layers.ipynb #5f6ae01d
 def head(
     c_in:int, # Features in
     n_classes:int, # K

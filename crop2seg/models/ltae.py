@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['positional', 'normalise_dates', 'usable', 'folded_attention', 'LTAE']
 
-# %% ../../nbs/41_models.ltae.ipynb #df32fd6d
+# %% ../../nbs/41_models.ltae.ipynb #2134c4a4
 import torch
 from torch import Tensor, nn
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from .layers import norm
 
-# %% ../../nbs/41_models.ltae.ipynb #acd13aa9
+# %% ../../nbs/41_models.ltae.ipynb #2bed700d
 def positional(
     days:Int[Tensor, "B T"], # Days since the start of the clock, any whole number
     d:int, # Length of the code
@@ -23,7 +23,7 @@ def positional(
     angle = days[..., None].float() / period ** (2 * (i // 2) / d)
     return torch.where(i % 2 == 0, angle.sin(), angle.cos())
 
-# %% ../../nbs/41_models.ltae.ipynb #1f986a7d
+# %% ../../nbs/41_models.ltae.ipynb #0e47a2b6
 def normalise_dates(
     s:Float[Tensor, "B N T C"], # Series of N pixels
     use:Float[Tensor, "B N T"], # 1 where the date may be used, else 0
@@ -39,19 +39,20 @@ def normalise_dates(
     centred = s - mean(s)
     return centred * (mean(centred.square()) + eps).rsqrt()
 
-# %% ../../nbs/41_models.ltae.ipynb #19a154fc
+# %% ../../nbs/41_models.ltae.ipynb #5fd7e790
 def usable(
     pad:Bool[Tensor, "B T"], # True = padding
     clear:Bool[Tensor, "B T N"]|None=None, # True = usable observation of the pixel
 ) -> Bool[Tensor, "B N T"]: # N is 1 without `clear`
     "Dates a pixel may attend to: clear and valid, or all valid if it never was clear; ValueError if a sample has no valid date."
-    if pad.all(1).any(): raise ValueError(f"sample {pad.all(1).nonzero()[0].item()} of the batch has only padded dates; leave it out")
+    if pad.all(1).any():
+        raise ValueError(f"sample {pad.all(1).nonzero()[0].item()} of the batch has only padded dates; leave it out")
     valid = ~pad[:, None]
     if clear is None: return valid
     use = valid & rearrange(clear, 'b t n -> b n t')
     return use | (valid & ~use.any(-1, keepdim=True))
 
-# %% ../../nbs/41_models.ltae.ipynb #ef8c135b
+# %% ../../nbs/41_models.ltae.ipynb #f1635745
 def folded_attention(
     x:Float[Tensor, "B N T C"], # Normalised series of N pixels
     use:Bool[Tensor, "B N T"], # Dates they may attend to, see `usable`
@@ -74,7 +75,7 @@ def folded_attention(
     o = o + torch.einsum('bntg,btgd->bngd', a, rearrange(base, 'b t (g d) -> b t g d', g=g))
     return rearrange(o, 'b n g d -> b n (g d)'), weights
 
-# %% ../../nbs/41_models.ltae.ipynb #b949f44d
+# %% ../../nbs/41_models.ltae.ipynb #5b382c55
 class LTAE(nn.Module):
     "Lightweight temporal attention: (B T C H W) -> embedding (B D H W) and weights (G B T H W)."
     def __init__(self,
@@ -87,7 +88,8 @@ class LTAE(nn.Module):
         kind:str='batch', # Norm of the embedding
     ):
         super().__init__()
-        if c_in % n_head or d_model % n_head: raise ValueError(f"n_head {n_head} must divide c_in {c_in} and d_model {d_model}")
+        if c_in % n_head or d_model % n_head:
+            raise ValueError(f"n_head {n_head} must divide c_in {c_in} and d_model {d_model}")
         self.gain, self.shift, self.drop = nn.Parameter(torch.ones(c_in)), nn.Parameter(torch.zeros(c_in)), nn.Dropout(dropout)
         self.inner, self.key = nn.Linear(c_in, d_model), nn.Linear(d_model, n_head * d_k, bias=False)
         self.query = nn.Parameter(torch.randn(n_head, d_k) * (2 / d_k) ** .5)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MONTH', 'month_of', 'clear_median', 'fill_months', 'monthly_medians', 'PixelForest']
 
-# %% ../../nbs/48_models.pixel.ipynb #b90d2b7f
+# %% ../../nbs/48_models.pixel.ipynb #f7f7fd67
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from sklearn.ensemble import RandomForestClassifier
 
-# %% ../../nbs/48_models.pixel.ipynb #3028df83
+# %% ../../nbs/48_models.pixel.ipynb #7e101f71
 MONTH = 365.25/12 # days
 
 def month_of(
@@ -19,7 +19,7 @@ def month_of(
     "Month of the season in which each date falls."
     return np.floor(np.asarray(days)/MONTH).astype(int)
 
-# %% ../../nbs/48_models.pixel.ipynb #6cc73e2c
+# %% ../../nbs/48_models.pixel.ipynb #ce83e71e
 def clear_median(
     x:Float[np.ndarray, "T *s"], # Values, NaN where unusable
 ) -> Float[np.ndarray, "*s"]: # Median over T of what is not NaN; NaN where nothing is left
@@ -30,7 +30,7 @@ def clear_median(
     low, high = (np.take_along_axis(x, np.clip(i, 0, len(x)-1), 0)[0] for i in ((n-1)//2, n//2))
     return np.where(n[0] > 0, (low + high)/2, np.nan).astype(x.dtype)
 
-# %% ../../nbs/48_models.pixel.ipynb #714d82a0
+# %% ../../nbs/48_models.pixel.ipynb #0f35b6a9
 def fill_months(
     m:Float[np.ndarray, "M *s"], # Monthly values, NaN where a month has none
 ) -> Float[np.ndarray, "M *s"]: # Without gaps, unless all months of a column are NaN
@@ -45,7 +45,7 @@ def fill_months(
     share = (month - before)/np.maximum(after - before, 1)
     return (a + share*(b - a)).astype(m.dtype)
 
-# %% ../../nbs/48_models.pixel.ipynb #c812d4c5
+# %% ../../nbs/48_models.pixel.ipynb #22ac19e7
 def monthly_medians(
     x:Float[np.ndarray, "T C *s"], # Reflectance, H W or N pixels behind; NaN allowed
     days:Int[np.ndarray, "T"], # Days since 1 September
@@ -62,7 +62,7 @@ def monthly_medians(
     months = fill_months(np.stack([clear_median(x[month == i]) for i in range(n_months)]))
     return months.transpose(2, 0, 1).reshape(-1, n_months*C)
 
-# %% ../../nbs/48_models.pixel.ipynb #fa795486
+# %% ../../nbs/48_models.pixel.ipynb #0a847338
 class PixelForest:
     "Random forest on pixel features with a fixed set of classes; refit it instead of saving it."
     def __init__(self,
@@ -81,7 +81,8 @@ class PixelForest:
         "Fit on labelled pixels that were seen at least once."
         labels = np.ravel(labels).astype(int)
         rows = np.flatnonzero((labels != void) & np.isfinite(features).any(1))
-        if not len(rows): raise ValueError(f"none of {len(labels)} pixels is labelled and seen; check the training folds")
+        if not len(rows):
+            raise ValueError(f"none of {len(labels)} pixels is labelled and seen; check the training folds")
         if (top := labels[rows].max()) >= self.n_classes:
             raise ValueError(f"labels hold class {top} but the forest has {self.n_classes} classes; remap them")
         rows = np.random.default_rng(self.seed).permutation(rows)[:self.max_pixels]
