@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['place_of', 'season_of_args', 'parser', 'main', 'entry']
 
-# %% ../nbs/71_cli.ipynb #2c7231c0
+# %% ../nbs/71_cli.ipynb #e4062b12
 import argparse
 import json
 import os
@@ -18,7 +18,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from . import __version__
 from .season import Place, Season, read_place
 
-# %% ../nbs/71_cli.ipynb #755b53b1
+# %% ../nbs/71_cli.ipynb #84fba222
 def place_of(
     args:argparse.Namespace, # With bbox and aoi
 ) -> Place|None: # None: all that the source covers
@@ -45,7 +45,7 @@ def season_of_args(
         raise ValueError(f'{start} to {end} lie in more than one season; add --season, the year of harvest')
     return Season(args.season or year, start, end)
 
-# %% ../nbs/71_cli.ipynb #fef63a51
+# %% ../nbs/71_cli.ipynb #29f750fc
 def _cube(args): # Place and season -> Zarr cube and its ledger
     "Build the cube of a place and season, with its ledger."
     from crop2seg.pipeline import make_cube
@@ -62,7 +62,7 @@ def _map(args): # Source and model -> bundle
     from crop2seg.pipeline import map_crops
     map_crops(args.source, args.out, args.model, place_of(args), season_of_args(args), args.overwrite, window=args.window, overlap=args.overlap)
 
-# %% ../nbs/71_cli.ipynb #16be8d78
+# %% ../nbs/71_cli.ipynb #2cb9a4b0
 def _train(args): # Patches -> run folder(s)
     "Train a model on a patch data set."
     from crop2seg.output import ready
@@ -90,7 +90,7 @@ def _architecture(args): # Arguments of the network, tried before anything is wr
         raise ValueError(f'--model-args {args.model_args} do not make a {args.model} ({e})') from e
     return options
 
-# %% ../nbs/71_cli.ipynb #ca9c1d63
+# %% ../nbs/71_cli.ipynb #04914d3d
 def _evaluate(args): # Run folder(s) -> scores
     "Score runs on the folds that they have not seen."
     from crop2seg.evaluate import evaluate, evaluation_text
@@ -109,7 +109,7 @@ def _app(args): # Bundle -> dashboard
     bundle = {'CROP2SEG_BUNDLE': str(Path(args.bundle).absolute())} if args.bundle else {}
     subprocess.run([sys.executable, '-m', 'panel', 'serve', str(page), '--port', str(args.port), *show], env=os.environ | bundle, check=True)
 
-# %% ../nbs/71_cli.ipynb #a6b78f06
+# %% ../nbs/71_cli.ipynb #133a1084
 def _number(kind, least, most=float('inf')): # A number in a range, for argparse
     def number(text):
         if not least <= (value := kind(text)) <= most: raise ValueError
@@ -126,7 +126,7 @@ def _where(add): # Arguments that name a place and a season
 def _out(add, what): # Arguments that name an output
     add('--out', required=True, help=what); add('--overwrite', action='store_true', help='replace what is there')
 
-# %% ../nbs/71_cli.ipynb #a23be68d
+# %% ../nbs/71_cli.ipynb #f15e5e4a
 def _cube_options(add):
     _where(add); _out(add, 'a .zarr folder; the ledger lies beside it')
     add('--cloud-margin', type=_number(float, 0, 10_000), default=20., help='distance kept from clouds, metres')
@@ -162,7 +162,7 @@ def _app_options(add):
     add('bundle', nargs='?', help='folder written by crop2seg map'); add('--port', type=_number(int, 0, 65_535), default=5006, help='of the server')
     add('--no-browser', action='store_true', help='do not open a browser')
 
-# %% ../nbs/71_cli.ipynb #5faac86d
+# %% ../nbs/71_cli.ipynb #94fa5df0
 def parser() -> argparse.ArgumentParser: # Of the whole command
     "The arguments of `crop2seg`."
     top = argparse.ArgumentParser('crop2seg', description='Crop maps from Sentinel-2 time series.')
@@ -176,7 +176,7 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
         verb.add_argument('--debug', action='store_true', help='show where an error arose')
     return top
 
-# %% ../nbs/71_cli.ipynb #1b5a976a
+# %% ../nbs/71_cli.ipynb #bf057ef1
 def main(
     argv:list[str]|None=None, # Words after `crop2seg`; None takes those of the process
 ) -> int: # 0 done, 1 error; a mistyped command exits with 2
@@ -184,7 +184,7 @@ def main(
     args = parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     warnings.simplefilter('ignore', NotGeoreferencedWarning)
     try: args.do(args)
-    except KeyboardInterrupt: print('stopped; the same command goes on from here', file=sys.stderr); return 1
+    except KeyboardInterrupt: print('stopped; nothing half-written is left, the same command starts or goes on', file=sys.stderr); return 1
     except Exception as e:
         if args.debug: raise
         expected = isinstance(e, (ValueError, OSError))
