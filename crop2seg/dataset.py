@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['band_stats', 'normalise', 'turn', 'shift', 'drop_dates', 'CropDataset', 'collate']
 
-# %% ../nbs/32_dataset.ipynb #bedfcd32
+# %% ../nbs/32_dataset.ipynb #b6be444f
 from pathlib import Path
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Float, Int
 from torch.utils.data import Dataset
 from .bands import SCALE, from_int16
 from .patches import read_index, read_patch
 from .season import Season
 
-# %% ../nbs/32_dataset.ipynb #980deb04
+# %% ../nbs/32_dataset.ipynb #f25f0a2d
 def band_stats(
     folder:str|Path, # A patch data set
     folds:tuple[int, ...]|None=None, # Folds that may be looked at: those of training; None for all
@@ -40,7 +39,7 @@ def normalise(
     mean, std = (np.asarray(stats[k], 'float32')[:, None, None] for k in ('mean', 'std'))
     return np.nan_to_num((x - mean) / std, nan=0.).astype('float32')
 
-# %% ../nbs/32_dataset.ipynb #6227f8bc
+# %% ../nbs/32_dataset.ipynb #34fb5b3e
 def turn(
     sample:dict, # Arrays whose last two axes are rows and columns, equally long
     quarter:int, # Quarter turns, 0 to 3
@@ -64,7 +63,7 @@ def shift(
         return out
     return {k: move(a, dict(x=np.nan, clear=False, labels=void)[k]) for k, a in sample.items()}
 
-# %% ../nbs/32_dataset.ipynb #f6e125ea
+# %% ../nbs/32_dataset.ipynb #13e99271
 def drop_dates(
     count:int, # Number of dates
     share:float, # Each date is left out with this probability, 0 to 1
@@ -75,7 +74,7 @@ def drop_dates(
     if not stay.any(): stay[rng.integers(count)] = True
     return np.flatnonzero(stay)
 
-# %% ../nbs/32_dataset.ipynb #5a4d8871
+# %% ../nbs/32_dataset.ipynb #c0e43df5
 class CropDataset(Dataset):
     "Patches of some folds: dict(x float32 T C H W, days int64 T, clear bool T H W, labels int64 H W, patch_id)."
     def __init__(self,
@@ -109,7 +108,7 @@ class CropDataset(Dataset):
         far = sample['labels'].shape[0] // 8
         return shift(turn(sample, int(rng.integers(4)), bool(rng.integers(2))), *rng.integers(-far, far + 1, 2).tolist(), self.void)
 
-# %% ../nbs/32_dataset.ipynb #acdabc36
+# %% ../nbs/32_dataset.ipynb #f895ecdd
 def collate(
     samples:list[dict], # From a `CropDataset`
 ) -> dict: # x (B T C H W), days (B T), pad (B T) True where there is no date, clear (B T H W), labels (B H W), patch_id list

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['to_classes', 'strips', 'append', 'finish', 'preview']
 
-# %% ../nbs/63_export.ipynb #7f10480d
+# %% ../nbs/63_export.ipynb #ff5e6732
 import os
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import rasterio
 import rasterio.shutil
 from jaxtyping import Float, Int
@@ -21,7 +20,7 @@ from .legend import Legend
 from .output import whole
 from .plot import show_labels
 
-# %% ../nbs/63_export.ipynb #837209c9
+# %% ../nbs/63_export.ipynb #a67d7192
 def to_classes(
     probs:Float[np.ndarray, "K h W"], # Class probabilities, NaN where nothing was seen
     seen:np.ndarray, # (h W) bool: in the place, and with at least one clear date
@@ -33,7 +32,7 @@ def to_classes(
     pick = lambda a: np.where(known, a, UNSEEN).astype('uint8')
     return pick(np.asarray(ids)[filled.argmax(0)]), pick(np.rint(100 * filled.max(0)))
 
-# %% ../nbs/63_export.ipynb #fb9003dd
+# %% ../nbs/63_export.ipynb #6685e23f
 def strips(
     path:str|Path, # A temporary GeoTIFF
     grid:GeoBox, # Of the map
@@ -52,7 +51,7 @@ def append(
     "Write some rows."
     raster.write(values, 1, window=Window(0, row, values.shape[1], values.shape[0]))
 
-# %% ../nbs/63_export.ipynb #104cc83b
+# %% ../nbs/63_export.ipynb #c538326f
 def finish(
     temporary:str|Path, # A closed raster from `strips`; it is removed
     path:str|Path, # The final .tif
@@ -78,7 +77,7 @@ def _named(vrt, legend): # Class names into the description of a raster
     rows = ''.join(f'<Category>{names.get(i, "")}</Category>' for i in range(max(legend.ids) + 1))
     return vrt.replace('<ColorInterp>', f'<CategoryNames>{rows}</CategoryNames><ColorInterp>', 1)
 
-# %% ../nbs/63_export.ipynb #8f2f0159
+# %% ../nbs/63_export.ipynb #8d9228eb
 def preview(
     crops:str|Path, # The finished class map
     path:str|Path, # A .png

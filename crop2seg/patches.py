@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['PARTS', 'corners', 'spatial_folds', 'cut', 'write_dataset', 'read_index', 'read_patch']
 
-# %% ../nbs/31_patches.ipynb #f7198a77
+# %% ../nbs/31_patches.ipynb #9f55581e
 import hashlib
 import json
 from pathlib import Path
 import geopandas as gpd
 import numpy as np
-import pandas as pd
 import xarray as xr
 from affine import Affine
 from jaxtyping import Int
@@ -21,7 +20,7 @@ from .bands import to_int16
 from .legend import Legend
 from .output import whole
 
-# %% ../nbs/31_patches.ipynb #45ffebd6
+# %% ../nbs/31_patches.ipynb #af94fa13
 def corners(
     height:int, # Of the cube, pixels
     width:int, # Of the cube, pixels
@@ -30,7 +29,7 @@ def corners(
     "Upper left corners of the patches that tile a cube."
     return [(r, c) for r in range(0, height, size) for c in range(0, width, size)]
 
-# %% ../nbs/31_patches.ipynb #f1a4c240
+# %% ../nbs/31_patches.ipynb #ac68bea4
 def spatial_folds(
     x:np.ndarray, # Centres of the patches, metres
     y:np.ndarray, # Centres of the patches, metres
@@ -45,7 +44,7 @@ def spatial_folds(
         raise ValueError(f'the patches lie in {len(blocks)} block(s) of {block:g} m, fewer than {folds} folds; take smaller blocks or fewer folds')
     return (np.random.default_rng(seed).permutation(len(blocks)) % folds + 1)[member.ravel()]
 
-# %% ../nbs/31_patches.ipynb #edb0cb01
+# %% ../nbs/31_patches.ipynb #e00772ab
 def cut(
     cube:xr.Dataset, # With reflectance and clear
     labels:Int[np.ndarray, "H W"], # Class ids
@@ -63,7 +62,7 @@ def cut(
     return dict(series=fill(to_int16(part.reflectance.values), to_int16(np.float32('nan'))), clear=fill(part.clear.values, False),
                 labels=fill(labels[rows, columns], void), parcels=fill(ids[rows, columns], 0), dates=part.time.dt.strftime('%Y-%m-%d').values.tolist())
 
-# %% ../nbs/31_patches.ipynb #c5eb3749
+# %% ../nbs/31_patches.ipynb #f0451660
 PARTS = ('series', 'labels', 'parcels', 'clear') # Arrays of a patch, each a folder of .npy files
 
 def write_dataset(
@@ -94,7 +93,7 @@ def write_dataset(
         (part/'dataset.json').write_text(json.dumps(facts, indent=1))
     return out
 
-# %% ../nbs/31_patches.ipynb #76dd78d2
+# %% ../nbs/31_patches.ipynb #0f8acc50
 def _labelled(labels, size, void, share): # Corners of the patches that carry enough labels
     count = lambda r, c: (labels[r:r + size, c:c + size] != void).sum()
     return [rc for rc in corners(*labels.shape, size) if count(*rc) >= max(1, share * size**2)]
@@ -117,7 +116,7 @@ def _index(rows, cube, block, folds, seed): # The table of patches
     index.insert(2, 'epsg', cube.rio.crs.to_epsg())
     return index
 
-# %% ../nbs/31_patches.ipynb #6597f22b
+# %% ../nbs/31_patches.ipynb #86e340ea
 def read_index(
     folder:str|Path, # A data set written by `write_dataset`
 ) -> tuple[gpd.GeoDataFrame, dict]: # Table of patches, and the content of dataset.json

@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['season_of', 'note_clear', 'make_cube', 'take', 'make_dataset', 'find_run', 'paint', 'describe', 'map_crops']
 
-# %% ../nbs/70_pipeline.ipynb #110f4c28
+# %% ../nbs/70_pipeline.ipynb #f13119cb
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from datetime import date, datetime, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 import numpy as np
 import pandas as pd
-import rasterio
 import xarray as xr
 from odc.geo.geobox import GeoBox
 from rasterio.features import geometry_mask
@@ -35,9 +34,9 @@ from .parcels import burn, read_labels, read_parcels
 from .patches import write_dataset
 from .season import Place, Season, grid_of
 from .stac import open_source, search
-from .training import load_run, train
+from .training import load_run
 
-# %% ../nbs/70_pipeline.ipynb #9ecfa56d
+# %% ../nbs/70_pipeline.ipynb #6bfbbbd5
 def season_of(
     items:list, # Scenes
 ) -> Season: # The season most of them belong to
@@ -45,7 +44,7 @@ def season_of(
     years = Counter(y for i in items for y in (i.datetime.year, i.datetime.year + 1) if Season(y).contains([i.datetime])[0])
     return Season(max(years, key=lambda y: (years[y], y)))
 
-# %% ../nbs/70_pipeline.ipynb #944d3fb0
+# %% ../nbs/70_pipeline.ipynb #ac5b89b9
 def _digest(*parts): # Fingerprint of texts or bytes
     sha = hashlib.sha256()
     for p in parts: sha.update(p if isinstance(p, bytes) else f'{p}\n'.encode())
@@ -60,7 +59,7 @@ def _scenes(source, place, season): # Fingerprint of what a source holds
     cube = open_cube(source)
     return _digest(json.dumps(cube.attrs.get('request')), *cube.time.values)
 
-# %% ../nbs/70_pipeline.ipynb #a9bf2cae
+# %% ../nbs/70_pipeline.ipynb #69673926
 def note_clear(
     rows:pd.DataFrame, # A ledger
     share:xr.DataArray, # (time) clear share of each date
@@ -73,7 +72,7 @@ def note_clear(
     rows.loc[cloudy, 'status'] = 'dropped'
     return rows
 
-# %% ../nbs/70_pipeline.ipynb #5c01a4a7
+# %% ../nbs/70_pipeline.ipynb #b0cc39a3
 def make_cube(
     source:str|Path, # As `open_source` takes it
     out:str|Path, # A .zarr folder
@@ -103,7 +102,7 @@ def make_cube(
     save_cube(cube, out, overwrite=True); write_ledger(rows, book)
     return out
 
-# %% ../nbs/70_pipeline.ipynb #8c3038d5
+# %% ../nbs/70_pipeline.ipynb #f22b2587
 def take(
     source:str|Path, # A saved cube, or anything `make_cube` takes
     work:str|Path, # Where a cube is made if the source is none
@@ -123,7 +122,7 @@ def take(
     if not part.sizes['x'] * part.sizes['y']: raise ValueError(f'the place lies outside cube {source}; choose a place within it')
     return part
 
-# %% ../nbs/70_pipeline.ipynb #1586ec7b
+# %% ../nbs/70_pipeline.ipynb #06e940ac
 def make_dataset(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # New folder of patches
@@ -146,7 +145,7 @@ def make_dataset(
     image, ids = burn(table, grid, 0 if complete else legend.void) if parcels else read_labels(labels, grid, legend)
     return write_dataset(cube, image, ids, out, legend, int(cube.attrs['season_year']), **kwargs)
 
-# %% ../nbs/70_pipeline.ipynb #815ebfbe
+# %% ../nbs/70_pipeline.ipynb #b74d7e01
 def find_run(
     model:str|Path|None, # A run folder or the name of a bundled one
 ) -> Path: # A run folder
@@ -157,7 +156,7 @@ def find_run(
     offer = f'one of {", ".join(bundled)}, or ' if bundled else ''
     raise FileNotFoundError(f'{"no model was named" if model is None else f"there is no model {model}"}; give --model {offer}a folder written by crop2seg train')
 
-# %% ../nbs/70_pipeline.ipynb #b7961ae7
+# %% ../nbs/70_pipeline.ipynb #e10fb71b
 def paint(
     cube:xr.Dataset, # With reflectance and clear
     model, # In eval mode
@@ -190,7 +189,7 @@ def _inside(place, grid): # Pixels whose centre lies in the place
     local = transform_geom('EPSG:4326', grid.crs.to_wkt(), place.geometry.__geo_interface__)
     return geometry_mask([local], grid.shape, grid.affine, invert=True)
 
-# %% ../nbs/70_pipeline.ipynb #47a4c742
+# %% ../nbs/70_pipeline.ipynb #a73531a8
 def _state(out, request, overwrite): # 'free' or 'same'; ValueError for what must not be replaced
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return 'free'
     try: same = json.loads((out/'run.json').read_text())['request'] == json.loads(json.dumps(request))
@@ -221,7 +220,7 @@ def _keep_inputs(source, kept, bundle): # The ledger and, if it was made for thi
     if beside.exists(): shutil.copyfile(beside, bundle/'ledger.csv')
     if made: os.replace(kept, bundle/'cube.zarr')
 
-# %% ../nbs/70_pipeline.ipynb #1a9a47d1
+# %% ../nbs/70_pipeline.ipynb #3fda4204
 def describe(
     cube:xr.Dataset, # That was mapped
     run:dict, # run.json of the model
@@ -236,7 +235,7 @@ def describe(
                 legend=run['legend'], crs=cube.rio.crs.to_string(), transform=list(cube.rio.transform())[:6], mapped_pixels=total,
                 cube=str(Path(source).absolute()) if Path(source).suffix == '.zarr' else 'cube.zarr', note='Areas are counts of pixels, without an interval.')
 
-# %% ../nbs/70_pipeline.ipynb #d0a0ce93
+# %% ../nbs/70_pipeline.ipynb #c4d21b8c
 def map_crops(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # Folder of the bundle
