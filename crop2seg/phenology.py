@@ -77,7 +77,7 @@ def weather(
 
 def _step(x, width=1.): return 1/(1 + np.exp(-np.clip(x/width, -30, 30))) # From 0 to 1 around x = 0
 
-# %% ../nbs/05_phenology.ipynb #d4d3780c
+# %% ../nbs/05_phenology.ipynb #052c8740
 def _draw(table, rng, n): # Parameter -> n values, nine in ten between low and high
     early, out = rng.normal(size=n), {}
     for name, low, high in zip(table.index, table.low, table.high):
@@ -99,7 +99,8 @@ def _reach(clock, days, since, amount): # Day on which `amount` has been gained 
 
 def _beside(side, rotation, rng, n, covers): # Green cover before or after the crop, lai 0 where there is none
     kinds = _table('events').query('side == @side and rotation == @rotation').reset_index(drop=True)
-    pick = np.searchsorted(np.minimum(covers*kinds.probability.cumsum(), 1), rng.random(n), side='right')
+    chance = kinds.probability*(kinds['cover'].map(covers) if isinstance(covers, dict) else covers)
+    pick = np.searchsorted((chance/max(chance.sum(), 1)).cumsum(), rng.random(n), side='right')
     none, at = pick == len(kinds), kinds.iloc[np.minimum(pick, len(kinds) - 1)].reset_index(drop=True)
     drawn = {v: (at[f'{v}_low'] + rng.random(n)*(at[f'{v}_high'] - at[f'{v}_low'])).to_numpy() for v in ('start', 'end', 'lai')}
     drawn |= dict(lai=np.where(none, 0., drawn['lai']), cover=np.where(none, 'none', at['cover']), hardy=at.hardy.to_numpy(float))
@@ -112,13 +113,13 @@ def _cuts(p, clock, weather, rng): # Days of mowing
     count = np.floor(p['cut_count'] + rng.random(len(first)))
     return {f'cut{k + 1}': np.where((k < count) & (d < 410), d, 9999.) for k, d in enumerate(days)}
 
-# %% ../nbs/05_phenology.ipynb #a3ec6a30
+# %% ../nbs/05_phenology.ipynb #b83c6e3b
 def calendar(
     crop:str, # One of `crops().index`
     weather:pd.DataFrame, # As `weather` gives it
     rng:np.random.Generator, # Source of randomness
     n:int=1, # Parcels
-    covers:float=1., # Times the probability of a green cover before and after the crop
+    covers:float|dict=1., # Times the probability of a green cover before and after the crop, or that of each `cover` of events.csv
 ) -> pd.DataFrame: # One row a parcel: events in days since 1 September, and its traits
     "Draw parcels of a crop; raises ValueError for a crop without a calendar."
     p, days = _draw(ranges(crop), rng, n), weather.index.to_numpy()
