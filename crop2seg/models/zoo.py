@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['registry', 'build', 'models']
 
-# %% ../../nbs/49_models.zoo.ipynb #6e7177e6
+# %% ../../nbs/49_models.zoo.ipynb #fcc90605
 import inspect
 import torch
 from torch import nn
+from .tempcnn import TempCNN
 from .timeunet import TimeUNet
 
-# %% ../../nbs/49_models.zoo.ipynb #c6a1139b
+# %% ../../nbs/49_models.zoo.ipynb #252f8694
 def registry() -> dict[str, tuple]: # name -> (class, arguments of this size, one line about it)
     "Every network that `build` knows."
     return {
         'timeunet': (TimeUNet, {}, 'conv block on each date, attention over dates at full resolution, one 2-D U-Net'),
         'timeunet-nano': (TimeUNet, dict(widths=(16, 16, 32), decoder=(16, 16), n_head=8, d_model=64), 'timeunet at a seventeenth of the size'),
+        'tempcnn': (TempCNN, {}, 'each pixel by itself: its season on an even clock, convolutions over time, attention'),
     }
 
 # %% ../../nbs/49_models.zoo.ipynb #7368678c
