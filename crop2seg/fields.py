@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from .canopy import canopy, soil, soils
 from .phenology import calendar, course, crops, flower_colour
 
-# %% ../nbs/06_fields.ipynb #6cfa3aea
+# %% ../nbs/06_fields.ipynb #3fcad9a5
 DAYS = np.arange(-31, 431) # since 1 September before the season
 
 def stand(
@@ -21,17 +21,21 @@ def stand(
     rng:np.random.Generator, # Source of randomness
     covers:float=1., # Times the probability of a green cover before and after the crop
     spread:float=1., # How much regions and parcels differ in what the calendars do not say, 0 for not at all
+    mown:bool=True, # Whether grass and forage are cut
 ) -> dict[str, Float[np.ndarray, "P D"]]: # Daily states of `course` over DAYS; petals, sealed_colour (P 10); shade (P)
     "Parcels and their daily course; ValueError for a crop without a calendar."
     names, out = np.asarray(names), {}
-    covers = {c: covers*np.exp(spread*rng.normal(0, .7)) for c in COVERS}
+    covers = {c: covers*np.exp(spread*rng.normal(0, .9)) for c in COVERS}
     colours = roofs(rng, len(names))
     for crop in dict.fromkeys(names.tolist()):
         rows = np.flatnonzero(names == crop)
-        for k, v in course(crop, DAYS, weather, parcels=calendar(crop, weather, rng, len(rows), covers)).items():
+        parcels = calendar(crop, weather, rng, len(rows), covers)
+        if not mown: parcels.loc[:, parcels.columns.str.fullmatch(r'cut\d')] = 9999.
+        for k, v in course(crop, DAYS, weather, parcels=parcels).items():
             out.setdefault(k, np.empty((len(names), len(DAYS)), np.float32))[rows] = v
         out.setdefault('petals', np.empty((len(names), 10), np.float32))[rows] = flower_colour(crop).to_numpy()
         out.setdefault('shade', np.zeros(len(names), np.float32))[rows] = rng.uniform(*SHADE.get(crop, (0, 0)), len(rows))
+        out.setdefault('late', np.zeros(len(names), np.float32))[rows] = spread*(rng.normal(0, 4) + rng.normal(0, 3, len(rows)))
     return _region(out, rng, spread) | dict(sealed_colour=colours)
 
 def _region(states, rng, spread): # What soils, breeders and farmers of a region share, and what parcels have of their own
@@ -39,6 +43,8 @@ def _region(states, rng, spread): # What soils, breeders and farmers of a region
     def times(region, own): return np.exp(spread*(region*rng.normal() + own*rng.normal(size=(n, 1)))).astype('float32')
     leaf, dense = times(.18, .12), np.clip(1 - spread*(rng.uniform(0, .2) + rng.uniform(-.08, .12, (n, 1))), .5, 1)
     dead = np.clip(spread*(rng.uniform(0, .25) + rng.uniform(-.1, .15, (n, 1))), 0, .5)
+    states['shade'] = 1 - (1 - states['shade'])*(1 - spread*(rng.uniform(0, .22) + rng.uniform(0, .1, n)))
+    states['late'], states['n'] = states['late'] + spread*rng.normal(0, 4), states['n']*times(.05, .1)
     weeds = spread*rng.lognormal(-2.3, .6)*rng.lognormal(0, .7, (n, 1))
     states['lai'], states['green'] = states['lai']*leaf, states['green']*leaf
     states['brown'] = states['brown'] + (dead*rng.uniform(.5, 1.5)).astype('float32')
@@ -91,7 +97,7 @@ def ground(
     for name in dict.fromkeys(names.tolist()): out[names == name] = soil(name, wet[names == name])
     return out*np.broadcast_to(np.asarray(brightness, np.float32), len(names))[:, None, None]
 
-# %% ../nbs/06_fields.ipynb #82f07900
+# %% ../nbs/06_fields.ipynb #ddd0c7b9
 LIMITS = dict(lai=(0, 8), ala=(20, 80), cab=(0, 90), cw=(0, .07), cm=(.001, .02), brown=(0, 1.5), n=(1, 2.6), sun=(20, 80))
 WATER = np.array([.035, .04, .03, .027, .022, .02, .018, .016, .01, .008], np.float32)
 
@@ -108,7 +114,7 @@ def render(
 ) -> Float[np.ndarray, "N T 10"]: # Bottom-of-atmosphere reflectance
     "Reflectance of pixels through the season."
     parcel = np.asarray(parcel)
-    t = np.asarray(days)[None] - np.rint(np.broadcast_to(delay, len(parcel)))[:, None].astype(int)
+    t = np.asarray(days)[None] - np.rint(delay + states['late'][parcel])[:, None].astype(int)
     t = np.clip(t - DAYS[0], 0, len(DAYS) - 1)
     at = lambda k: np.clip(states[k][parcel[:, None], t], *LIMITS.get(k, (0, 9)))
     sun, view, azimuth = (np.broadcast_to(np.asarray(v, np.float32), len(t[0]))[None] for v in (np.clip(sun, *LIMITS['sun']), view, azimuth))

@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['crops', 'class_of', 'ranges', 'weather', 'calendar', 'course', 'flower_colour', 'mixture']
 
-# %% ../nbs/05_phenology.ipynb #bb7800fb
+# %% ../nbs/05_phenology.ipynb #b5cdff0e
 from datetime import date
+from functools import cache
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from .legend import data_dir, read_legend
 from .season import growing_degree_days
 
-# %% ../nbs/05_phenology.ipynb #998a3ed1
-def _table(name): return pd.read_csv(data_dir()/'phenology'/f'{name}.csv', keep_default_na=False)
+# %% ../nbs/05_phenology.ipynb #0e654619
+@cache
+def _read(path): return pd.read_csv(path, keep_default_na=False) # one read a path
+
+def _table(name): return _read(data_dir()/'phenology'/f'{name}.csv')
 
 def crops() -> pd.DataFrame: # index `crop`; name, class_id, kind, rotation, like, share, share_source
     "The crops that have a calendar."
@@ -24,8 +28,7 @@ def class_of(
     crop:str, # One of `crops().index`
 ) -> int: # Id of the legend
     "Class of a crop; raises ValueError for a crop without a calendar."
-    table = crops()
-    if crop not in table.index: raise ValueError(f'there is no calendar of {crop}; choose one of {", ".join(table.index)}')
+    if crop not in (table := crops()).index: raise ValueError(f'there is no calendar of {crop}; choose one of {", ".join(table.index)}')
     return int(table.class_id[crop])
 
 # %% ../nbs/05_phenology.ipynb #0bd92270
@@ -113,7 +116,10 @@ def _cuts(p, clock, weather, rng): # Days of mowing
     count = np.floor(p['cut_count'] + rng.random(len(first)))
     return {f'cut{k + 1}': np.where((k < count) & (d < 410), d, 9999.) for k, d in enumerate(days)}
 
-# %% ../nbs/05_phenology.ipynb #b83c6e3b
+# %% ../nbs/05_phenology.ipynb #32e9ff4b
+@cache
+def _known(crop, folder): return ranges(crop) # one reading of the tables in a folder
+
 def calendar(
     crop:str, # One of `crops().index`
     weather:pd.DataFrame, # As `weather` gives it
@@ -122,7 +128,7 @@ def calendar(
     covers:float|dict=1., # Times the probability of a green cover before and after the crop, or that of each `cover` of events.csv
 ) -> pd.DataFrame: # One row a parcel: events in days since 1 September, and its traits
     "Draw parcels of a crop; raises ValueError for a crop without a calendar."
-    p, days = _draw(ranges(crop), rng, n), weather.index.to_numpy()
+    p, days = _draw(_known(crop, data_dir()), rng, n), weather.index.to_numpy()
     kind, rotation = crops().loc[crop, ['kind', 'rotation']]
     spring, base = kind == 'spring', float(p['base'][0])
     plain, clock = (_clock(weather.tmean, days, base, january) for january in (False, not spring))
