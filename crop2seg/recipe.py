@@ -9,7 +9,7 @@ __all__ = ['Recipe', 'settle', 'choose_device', 'choose_precision']
 from dataclasses import asdict, dataclass
 import torch
 
-# %% ../nbs/38_recipe.ipynb #7d5a492f
+# %% ../nbs/38_recipe.ipynb #b874cdec
 @dataclass(frozen=True)
 class Recipe:
     "What decides the result of a training."
@@ -25,13 +25,14 @@ class Recipe:
     seed:int=0 # Weights, order, augmentation, dropout
     augment:bool=True # Flips and turns
     temporal_dropout:float=.2 # Share of dates dropped in training
+    physics:float=0. # Strength of the errors of sensor, atmosphere and calendar drawn in training
     loss:str='cross_entropy' # or 'focal'
     class_weights:bool=False # Inverse square root of the class frequency
     smoothing:float=0. # Label smoothing of the cross-entropy
     select:str='last' # Weights that become the model: 'last' or 'best'
     start_from:str|None=None # Run folder whose weights are the start
 
-# %% ../nbs/38_recipe.ipynb #a7911c1c
+# %% ../nbs/38_recipe.ipynb #a58fd7b6
 def settle(
     recipe:Recipe, # As asked for
     folds:list, # Folds of the data set
@@ -52,6 +53,7 @@ def settle(
         if getattr(r, name) < 1: raise ValueError(f"{name} is {getattr(r, name)}; it must be at least 1")
     if not 0 <= r.temporal_dropout < 1:
         raise ValueError(f"temporal_dropout is {r.temporal_dropout}; give a share from 0 to below 1")
+    if not 0 <= r.physics <= 2: raise ValueError(f"physics is {r.physics}; give a strength from 0 to 2")
     held_out, start = (None if v is None else f(v) for f, v in ((int, r.valid_fold), (str, r.start_from)))
     return Recipe(**asdict(r) | dict(
         model_args=dict(r.model_args or {}) or None, train_folds=train, valid_fold=held_out, start_from=start))

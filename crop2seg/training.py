@@ -112,7 +112,7 @@ def epoch_line(
     if row['pixels']: line += ''.join(f"  {name} {row[key]:.3f}" for key, name in names.items())
     return line + f"  {row['seconds']:.1f} s"
 
-# %% ../nbs/52_training.ipynb #86a42a8d
+# %% ../nbs/52_training.ipynb #12464508
 def make_learner(
     recipe:Recipe, # Settled
     run:dict, # From new_run, or of the interrupted training
@@ -125,7 +125,7 @@ def make_learner(
     legend = Legend.from_dict(run['legend'])
     data = partial(CropDataset, folder, stats=run['stats'])
     load = partial(_Loader, batch_size=recipe.batch_size, collate_fn=as_batch, num_workers=workers)
-    varied = {k: getattr(recipe, k) for k in ('augment', 'temporal_dropout', 'seed')}
+    varied = {k: getattr(recipe, k) for k in ('augment', 'temporal_dropout', 'physics', 'seed')}
     train = load(data(recipe.train_folds, **varied), shuffle=True, generator=torch.Generator())
     valid = load([] if recipe.valid_fold is None else data((recipe.valid_fold,)))
     torch.manual_seed(recipe.seed)
