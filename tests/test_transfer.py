@@ -1,0 +1,35 @@
+"Real land as the transfer scores see it; skipped where ../shared/real is not beside the checkout"
+from pathlib import Path
+import numpy as np, pytest
+from crop2seg.bands import BANDS
+from crop2seg.legend import read_legend
+from crop2seg.pipeline import take
+from crop2seg.places import read_bavaria, read_place
+from crop2seg.season import Season
+from crop2seg.transfer import as_sheet, cross_forest, deal_parcels, draw_parcels
+
+real = Path(__file__).parents[2]/'shared'/'real'
+pytestmark = pytest.mark.skipif(not real.is_dir(), reason=f'no real imagery at {real.parent.name}/{real.name}')
+
+def test_a_place_is_the_cube_of_the_pipeline(tmp_path):
+    cube, labels, ids = read_place(real/'flanders_2018', Season(2018))
+    made = take(real/'flanders_2018', tmp_path/'cube.zarr', season=Season(2018)).compute()
+    assert np.allclose(cube.reflectance, made.reflectance, atol=1e-6, equal_nan=True) and np.array_equal(cube.clear, made.clear)
+    assert (labels != read_legend().void).sum() == 2247 and len(np.unique(ids)) == 20
+
+def test_absent_bands_are_nan():
+    cube, labels, _ = read_place(real/'flanders_2019_20m', Season(2019))
+    assert cube.band.values.tolist() == list(BANDS) and cube.clear.any()
+    absent = cube.reflectance.isnull().all(('time', 'y', 'x')).values
+    assert [b for b, a in zip(BANDS, absent) if a] == ['B02', 'B03', 'B04', 'B08']
+
+def test_bavaria_as_fields():
+    cube, labels, ids = read_bavaria(real/'bavaria_2018'/'fields_toa.csv')
+    assert labels.shape == (1, 301) and (labels != read_legend().void).sum() == 290
+    june = cube.sel(time='2018-06-15')
+    green = june.reflectance.values[:, 0, june.clear.values[0] & (labels[0] == 6)]
+    assert (np.median(green, 1) > 0).all() and np.median(green[0]) < .1
+    few, rest = draw_parcels(labels, ids, 3, seed=1)
+    assert not set(ids[few]) & set(ids[rest]) and few.sum() == 21
+    sheet = as_sheet(cube, labels, ids)
+    assert cross_forest(sheet, deal_parcels(sheet['labels'], sheet['ids'], 5), by='dates')['oa'] > .85
