@@ -70,15 +70,15 @@ def _dates(p, rng): # When the satellite came: table of acquisitions, days, clou
     keep = (days >= DAYS[0]) & (days <= DAYS[-1]) & (share < .95)
     return table[keep].reset_index(drop=True), days[keep], share[keep]
 
-# %% ../nbs/35_simulated.ipynb #dc2a1c55
+# %% ../nbs/35_simulated.ipynb #121c8727
 def _seen(x, table, share, snow, water, rng, without): # Through the sky: observations, and where they count as clear
     n, dates = x.shape[:2]
     air = cloud_points(share, n, rng, table.sun.to_numpy())
     errors = scene_errors(table.time, table.sun, rng, 0. if 'errors' in without else rng.uniform(.6, 1.6))
     if 'errors' not in without: x = x*rng.normal(1, .02, (n, dates, 1)).astype('float32')
-    x = observe(x, air['thickness'], air['cirrus'], air['shadow'], errors, rng, snow)
+    x = observe(x, **air, error=errors, rng=rng, snow=snow)
     if 'clouds' in without: return x, (air['thickness'] < .02) & (air['shadow'] < .05) & (air['cirrus'] < .02)
-    scl = classify(x, air['thickness'], air['cirrus'], air['shadow'], rng, snow, water)
+    scl = classify(x, **air, rng=rng, snow=snow, water=water, sun=table.sun.to_numpy())
     return x, np.isin(scl, CLEAR) & (rng.random((n, dates)) > .5*share)
 
 def sheet(
