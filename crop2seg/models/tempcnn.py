@@ -46,23 +46,23 @@ def filled(
     value = lambda i: v.gather(1, i[..., None].expand_as(v))
     return value(a)*(1 - share) + value(b)*share, inside, torch.minimum((steps - a).abs(), (b - steps).abs()).to(v)
 
-# %% ../../nbs/48_models.tempcnn.ipynb #a797d0ba
+# %% ../../nbs/48_models.tempcnn.ipynb #8e03673b
 class TempCNN(nn.Module):
     "Classify every pixel by its own season: x (B T C H W), days, pad (B T), clear (B T H W) -> logits (B K H W)."
     def __init__(self,
         n_classes:int, # K
         n_bands:int=10, # C
         width:int=64, # Features of each step
-        spread:tuple=(1, 1, 2, 2, 4), # Distance between the five taps of each convolution, steps
+        spread:tuple=(1, 2, 4, 1), # Distance between the three taps of each convolution, steps of twenty days
         n_head:int=4, # Weighted means over the season
         dropout:float=.1, # Of the features before the last layer, in training
         chunk:int=8192, # Pixels at a time in evaluation mode
     ):
         super().__init__()
         self.chunk = chunk
-        self.enter = nn.Conv1d(n_bands + 3, width, 3, padding=1)
-        self.place = nn.Parameter(.1*torch.randn(width, STEPS))
-        self.convs = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2*s, dilation=s, bias=False) for s in spread)
+        self.enter = nn.Conv1d(n_bands + 3, width, 5, stride=2, padding=2)
+        self.place = nn.Parameter(.1*torch.randn(width, (STEPS + 1)//2))
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 3, padding=s, dilation=s, bias=False) for s in spread)
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in spread)
         self.look = nn.Conv1d(width, n_head, 1)
         self.join = nn.Sequential(nn.Linear(n_head*width, 2*width), nn.ReLU(inplace=True), nn.Dropout(dropout))
