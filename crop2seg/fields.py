@@ -54,7 +54,7 @@ def roofs(
     "Sealed surfaces, each its own mixture."
     return (rng.dirichlet(np.full(3, .8), n) @ BUILT*rng.lognormal(0, .2, (n, 1))).clip(.02, .6).astype('float32')
 
-# %% ../nbs/06_fields.ipynb #86b6629f
+# %% ../nbs/06_fields.ipynb #2ae9468a
 SHADE = dict(forest_needle=(.3, .55), forest_broadleaf=(.1, .35), orchard_tall=(.1, .3), orchard=(.05, .2), hops=(.05, .2), shrub=(.1, .3))
 COVERS = ('volunteers', 'late_crop', 'catch_crop', 'hardy_cover', 'rapeseed', 'winter_cereal', 'weeds')
 
@@ -78,12 +78,13 @@ def stand(
             out.setdefault(k, np.empty((n, len(DAYS)), np.float32))[rows] = v
         out['petals'][rows], out['shade'][rows] = flower_colour(crop), rng.uniform(*SHADE.get(crop, (0, 0)), len(rows))
         out['late'][rows] = spread*(rng.normal(0, 4) + rng.normal(0, 3, len(rows)))
-    return _vary(out, rng, spread, n)
+    return _vary(out, rng, spread, np.unique(names, return_inverse=True)[1])
 
-def _vary(s, rng, spread, n): # What soils, breeders and farmers of a region share, and what parcels have of their own
-    def times(region, own): return np.exp(spread*(region*rng.normal() + own*rng.normal(size=(n, 1))))
+def _vary(s, rng, spread, crop): # What a region shares, what its parcels of a crop share, and what each has of its own
+    n, kinds = len(crop), crop.max() + 1
+    def times(region, own): return np.exp(spread*(region*(rng.normal() + .7*rng.normal(size=(kinds, 1))[crop]) + own*rng.normal(size=(n, 1))))
     share = lambda region, low, high: np.clip(spread*(rng.uniform(0, region) + rng.uniform(low, high, (n, 1))), 0, .5)
-    leaf, gaps, dead, weeds = times(.18, .12), share(.2, -.08, .12), share(.25, -.1, .15), spread*.1*np.exp(rng.normal(0, .6))*rng.lognormal(0, .7, (n, 1))
+    leaf, gaps, dead, weeds = times(.2, .15), share(.2, -.08, .12), share(.25, -.1, .15), spread*.1*np.exp(rng.normal(0, .6))*rng.lognormal(0, .7, (n, 1))
     s |= dict(lai=s['lai']*leaf, green=s['green']*leaf, brown=s['brown'] + dead*rng.uniform(.5, 1.5), cover=s['cover']*(1 - gaps))
     s |= dict(cab=s['cab']*times(.12, .08)*(1 - dead/2), cw=s['cw']*times(.2, .12)*(1 - dead/2), cm=s['cm']*times(.15, .1), n=s['n']*times(.05, .1))
     s |= dict(ala=s['ala'] + spread*rng.normal(0, 4), under=np.maximum(s['under'], weeds), late=s['late'] + spread*rng.normal(0, 4))

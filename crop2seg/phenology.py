@@ -47,7 +47,7 @@ def ranges(
         rows[side] = [_day(v, u == 'date before') if u.startswith('date') else float(v) for v, u in zip(rows[side], rows.unit)]
     return rows
 
-# %% ../nbs/05_phenology.ipynb #87d1f46d
+# %% ../nbs/05_phenology.ipynb #7771634c
 def _climate(latitude, longitude, altitude, days): # Normal daily mean, degrees Celsius
     means = _table('climate').tmean.to_numpy()
     year = np.interp((days + 243) % 365, np.arange(12)*30.4 + 15, means, period=365) # day 0 is 1 September
@@ -73,7 +73,7 @@ def weather(
     anomaly = 3.2*spells + 1.1*slow + warm
     tmean = _climate(latitude, longitude, altitude, days) + anomaly
     drawn = np.clip(.3 + .2*anomaly[(days > 240) & (days < 350)].mean() + rng.normal(0, .25), 0, 1)
-    dry = (drawn if drought is None else drought)*_step(days - 290, 9)*(1 - _step(days - 392, 8))
+    dry = (drawn if drought is None else drought)*_step(days - np.clip(rng.normal(285, 14), 258, 303), 9)*(1 - _step(days - 392, 8))
     frost = 1 - np.exp(-np.cumsum(np.where(days > 60, np.clip(-3 - tmean, 0, None), 0))/80)
     series = dict(tmean=tmean, normal=_climate(49.8, 15.5, 400., days), dry=dry, frost=frost, light=_light(latitude, days))
     return pd.DataFrame(series, index=pd.Index(days, name='day'))
@@ -192,7 +192,7 @@ def _under(p, t, weather, dry, chill): # LAI of the grass between rows or below 
     green = _step(np.interp(t, days, _clock(weather.tmean, days, 0., True)) - 290, 55)*(1 - _step(t - 428, 15))
     return p['under']*(.45 + .55*np.maximum(green, 1 - _step(t - 63, 15)))*(1 - .5*dry)*(1 - chill)**.6
 
-# %% ../nbs/05_phenology.ipynb #b87ce036
+# %% ../nbs/05_phenology.ipynb #a5a6984f
 def course(
     crop:str, # One of `crops().index`
     days:Int[np.ndarray, "T"], # Days since 1 September, -31 to 430
@@ -214,7 +214,7 @@ def course(
     dead = p['keep']*(ripe + live*(1 - stress))*left
     green = live*stress*left + (0 if kind == 'perennial' else _besides(p, t, frost))
     withered, bloom = dead/(green + dead + 1e-3), _step(t - p['flowering'], 1.5)*(1 - _step(t - p['flowering'] - p['flower_days'], 2))
-    state = dict(lai=green + dead, green=green, ala=p['ala'], cab=p['cab']*(.8 + .2*_step(t - p['rising'], 10))*(1 - .9*withered),
+    state = dict(lai=green + dead, green=green, ala=p['ala'], cab=p['cab']*(.8 + .2*_step(t - p['rising'], 10))*np.maximum(1 - withered, .15)**2,
                  cw=p['cw']*(1 - .8*withered), cm=p['cm'], n=p['n'], brown=p['brown']*withered, litter=_litter(kind, p, t, 1 - stress),
                  flower=p['flower_cover']*bloom*left, cover=p['cover'], under=_under(p, t, weather, dry, chill), sealed=p['sealed'], water=p['water'])
     size, bounds = (len(parcels), t.size), _table('states').set_index('state')
