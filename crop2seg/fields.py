@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from .canopy import canopy, soil
 from .phenology import calendar, course, flower_colour
 
-# %% ../nbs/06_fields.ipynb #14bfdfd2
+# %% ../nbs/06_fields.ipynb #84752a74
 DAYS = np.arange(-31, 431) # since 1 September before the season
 
 def wetness(
@@ -22,8 +22,8 @@ def wetness(
 ) -> Float[np.ndarray, "D"]: # 0 dry ... 1 soaked, over DAYS
     "Wetness of the soil surface of a region, from drawn rain and drying."
     tmean, dry = (np.interp(DAYS, weather.index, weather[k]) for k in ('tmean', 'dry'))
-    rain = (rng.random(len(DAYS)) < .42*(1 - .75*dry))*rng.exponential(.35, len(DAYS))
-    keep, out = np.exp(-np.clip(.03 + .014*tmean, .03, .4)), [.3]
+    rain = (rng.random(len(DAYS)) < .36*(1 - .75*dry))*rng.exponential(.35, len(DAYS))
+    keep, out = np.exp(-np.clip(.10 + .035*tmean, .08, .9)), [.3]
     for r, k in zip(rain, keep): out.append(min(1., out[-1]*k + r))
     return np.array(out[1:], np.float32)
 
@@ -54,7 +54,7 @@ def roofs(
     "Sealed surfaces, each its own mixture."
     return (rng.dirichlet(np.full(3, .8), n) @ BUILT*rng.lognormal(0, .2, (n, 1))).clip(.02, .6).astype('float32')
 
-# %% ../nbs/06_fields.ipynb #2ae9468a
+# %% ../nbs/06_fields.ipynb #1dda8007
 SHADE = dict(forest_needle=(.3, .55), forest_broadleaf=(.1, .35), orchard_tall=(.1, .3), orchard=(.05, .2), hops=(.05, .2), shrub=(.1, .3))
 COVERS = ('volunteers', 'late_crop', 'catch_crop', 'hardy_cover', 'rapeseed', 'winter_cereal', 'weeds')
 
@@ -88,7 +88,7 @@ def _vary(s, rng, spread, crop): # What a region shares, what its parcels of a c
     s |= dict(lai=s['lai']*leaf, green=s['green']*leaf, brown=s['brown'] + dead*rng.uniform(.5, 1.5), cover=s['cover']*(1 - gaps))
     s |= dict(cab=s['cab']*times(.12, .08)*(1 - dead/2), cw=s['cw']*times(.2, .12)*(1 - dead/2), cm=s['cm']*times(.15, .1), n=s['n']*times(.05, .1))
     s |= dict(ala=s['ala'] + spread*rng.normal(0, 4), under=np.maximum(s['under'], weeds), late=s['late'] + spread*rng.normal(0, 4))
-    s['shade'] = 1 - (1 - s['shade'])*(1 - share(.22, 0, .1)[:, 0])
+    s['shade'] = 1 - (1 - s['shade'])*times(.08, .07)[:, 0] # below 0: brighter than a level canopy
     return {k: v.astype('float32') for k, v in s.items()}
 
 # %% ../nbs/06_fields.ipynb #619268f9

@@ -47,7 +47,7 @@ def ranges(
         rows[side] = [_day(v, u == 'date before') if u.startswith('date') else float(v) for v, u in zip(rows[side], rows.unit)]
     return rows
 
-# %% ../nbs/05_phenology.ipynb #7771634c
+# %% ../nbs/05_phenology.ipynb #14dab27c
 def _climate(latitude, longitude, altitude, days): # Normal daily mean, degrees Celsius
     means = _table('climate').tmean.to_numpy()
     year = np.interp((days + 243) % 365, np.arange(12)*30.4 + 15, means, period=365) # day 0 is 1 September
@@ -74,7 +74,7 @@ def weather(
     tmean = _climate(latitude, longitude, altitude, days) + anomaly
     drawn = np.clip(.3 + .2*anomaly[(days > 240) & (days < 350)].mean() + rng.normal(0, .25), 0, 1)
     dry = (drawn if drought is None else drought)*_step(days - np.clip(rng.normal(285, 14), 258, 303), 9)*(1 - _step(days - 392, 8))
-    frost = 1 - np.exp(-np.cumsum(np.where(days > 60, np.clip(-3 - tmean, 0, None), 0))/80)
+    frost = 1 - np.exp(-np.cumsum(np.where(days > 60, np.clip(-3 - tmean, 0, None), 0))/60)
     series = dict(tmean=tmean, normal=_climate(49.8, 15.5, 400., days), dry=dry, frost=frost, light=_light(latitude, days))
     return pd.DataFrame(series, index=pd.Index(days, name='day'))
 

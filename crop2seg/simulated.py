@@ -51,13 +51,13 @@ def draw_crops(
     for c in np.unique(ids): names[ids == c] = mixture(int(c), rng, (ids == c).sum())
     return names, ids
 
-# %% ../nbs/35_simulated.ipynb #4d86c93f
+# %% ../nbs/35_simulated.ipynb #4f163a66
 INGREDIENTS = ('covers', 'mowing', 'litter', 'flowers', 'spread', 'soils', 'weather', 'borders', 'snow', 'errors', 'clouds')
 
 def _ground(p, days, n, rng, plain): # Bare soil under each field and date
     if plain: return ground(['trnava']*n, np.full((n, len(days)), .15))
-    wet = wetness(p['weather'], rng)[days - DAYS[0]]*rng.uniform(.6, 1.1) + rng.normal(0, .12, (n, 1)) + rng.normal(0, .05, (n, len(days)))
-    return ground(rng.choice(rng.choice(GROUNDS, rng.integers(1, 4), False), n), wet.clip(0, 1), rng.lognormal(-.12, .2, n))
+    wet = wetness(p['weather'], rng)[days - DAYS[0]]*rng.uniform(.4, 1.) + rng.normal(0, .12, (n, 1)) + rng.normal(0, .05, (n, len(days)))
+    return ground(rng.choice(rng.choice(GROUNDS, rng.integers(1, 4), False), n), wet.clip(0, 1), rng.lognormal(-.06, .1)*rng.lognormal(0, .18, n))
 
 def _mixed(x, rng): # Border pixels hold up to half of another field
     share = (rng.uniform(0, .45, len(x))*(rng.random(len(x)) < .3)).astype('float32')[:, None, None]
@@ -70,7 +70,7 @@ def _dates(p, rng): # When the satellite came: table of acquisitions, days, clou
     keep = (days >= DAYS[0]) & (days <= DAYS[-1]) & (share < .95)
     return table[keep].reset_index(drop=True), days[keep], share[keep]
 
-# %% ../nbs/35_simulated.ipynb #121c8727
+# %% ../nbs/35_simulated.ipynb #358989fb
 def _seen(x, table, share, snow, water, rng, without): # Through the sky: observations, and where they count as clear
     n, dates = x.shape[:2]
     air = cloud_points(share, n, rng, table.sun.to_numpy())
@@ -90,7 +90,7 @@ def sheet(
     if unknown := set(without) - set(INGREDIENTS): raise ValueError(f'there is no ingredient {", ".join(unknown)}; choose of {", ".join(INGREDIENTS)}')
     rng = np.random.default_rng(seed)
     p, (names, ids) = place(rng, 'weather' in without), draw_crops(fields, rng)
-    covers, spread = rng.uniform(.4, 1.6)*('covers' not in without), float('spread' not in without)
+    covers, spread = rng.uniform(.3, 2)*('covers' not in without), float('spread' not in without)
     states = stand(names, p['weather'], rng, covers, spread, mown='mowing' not in without)
     for part, state in (('litter', 'litter'), ('flowers', 'flower')): states[state] = states[state]*(part not in without)
     table, days, share = _dates(p, rng)
