@@ -54,7 +54,7 @@ def roofs(
     "Sealed surfaces, each its own mixture."
     return (rng.dirichlet(np.full(3, .8), n) @ BUILT*rng.lognormal(0, .2, (n, 1))).clip(.02, .6).astype('float32')
 
-# %% ../nbs/06_fields.ipynb #1dda8007
+# %% ../nbs/06_fields.ipynb #de57c85c
 SHADE = dict(forest_needle=(.3, .55), forest_broadleaf=(.1, .35), orchard_tall=(.1, .3), orchard=(.05, .2), hops=(.05, .2), shrub=(.1, .3))
 COVERS = ('volunteers', 'late_crop', 'catch_crop', 'hardy_cover', 'rapeseed', 'winter_cereal', 'weeds')
 
@@ -68,7 +68,7 @@ def stand(
 ) -> dict[str, np.ndarray]: # Daily states of `course` (P D); petals, sealed_colour (P 10); shade, late (P)
     "Parcels and their daily course; ValueError for a crop without a calendar."
     names, n = np.asarray(names), len(names)
-    habits = {c: covers*np.exp(spread*rng.normal(0, .9)) for c in COVERS}
+    habits = {c: covers*np.exp(spread*rng.normal(-.5, 1.2)) for c in COVERS}
     out = dict(petals=np.empty((n, 10), np.float32), shade=np.zeros(n, np.float32), late=np.zeros(n, np.float32), sealed_colour=roofs(n, rng))
     for crop in dict.fromkeys(names.tolist()):
         rows = np.flatnonzero(names == crop)
@@ -91,7 +91,7 @@ def _vary(s, rng, spread, crop): # What a region shares, what its parcels of a c
     s['shade'] = 1 - (1 - s['shade'])*times(.08, .07)[:, 0] # below 0: brighter than a level canopy
     return {k: v.astype('float32') for k, v in s.items()}
 
-# %% ../nbs/06_fields.ipynb #619268f9
+# %% ../nbs/06_fields.ipynb #53c85a54
 LIMITS = dict(lai=(0, 8), under=(0, 8), ala=(20, 80), cab=(0, 90), cw=(0, .07), cm=(.001, .02), brown=(0, 1.5), n=(1, 2.6)) # of the canopy table
 LEAF = tuple(k for k in LIMITS if k not in ('lai', 'under'))
 GRASS = (55., 42., .014, .006, 0., 1.5) # leaves of weeds and of the grass between rows, in the order of LEAF
@@ -122,7 +122,8 @@ def render(
     lai = np.clip(now('lai')*np.reshape(vigour, (-1, 1)), *LIMITS['lai'])
     top = _over(lai, [now(k) for k in LEAF], floor, light)
     top = (1 - flower)*top + flower*states['petals'][parcel][:, None]
-    land = (cover*top + (1 - cover)*floor)*(1 - states['shade'][parcel])[:, None, None]
+    low = np.exp(-.05*np.clip(np.tan(np.deg2rad(sun))/np.tan(np.deg2rad(40)), 0, 4), dtype=np.float32)[:, None] # shadows of clods, rows and plants
+    land = (cover*top + (1 - cover)*floor)*(1 - states['shade'][parcel])[:, None, None]*low
     return (1 - sealed - water).clip(0)*land + sealed*states['sealed_colour'][parcel][:, None] + water*WATER
 
 def _straw(ground): return .5*ground + .5*soil('straw', .3).astype('float32') # litter is seldom closed
