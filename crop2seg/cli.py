@@ -45,7 +45,22 @@ def season_of_args(
         raise ValueError(f'{start} to {end} lie in more than one season; add --season, the year of harvest')
     return Season(args.season or year, start, end)
 
-# %% ../nbs/71_cli.ipynb #29f750fc
+# %% ../nbs/71_cli.ipynb #3017548b
+def _simulate(args): # A season -> static catalog and truth
+    "Write a simulated season with its parcels and truth."
+    from crop2seg.season import grid_of
+    from crop2seg.simulate import simulate
+    where = dict(size=args.size, origin=tuple(args.origin or (460_020, 5_550_000)), epsg=args.epsg)
+    if args.bbox:
+        if args.origin: raise ValueError('a place is given by --bbox or by --origin; drop one of them')
+        grid = grid_of(place_of(args))
+        where = dict(size=tuple(n + n % 2 for n in grid.shape), origin=(grid.affine.c, grid.affine.f), epsg=grid.crs.to_epsg())
+    told = lambda share: print(f'\r{share:4.0%} of the season', end='', file=sys.stderr, flush=True)
+    out = simulate(args.out, args.season, dates=args.dates or None, parcels=args.parcels, cloudy=args.cloudy, baseline=args.baseline, seed=args.seed,
+                   region=args.region, max_cloud=args.max_cloud, edges=args.edges, progress=told if sys.stderr.isatty() else None, **where)
+    print(f'simulated season: {out}')
+
+# %% ../nbs/71_cli.ipynb #7aa86fad
 def _cube(args): # Place and season -> Zarr cube and its ledger
     "Build the cube of a place and season, with its ledger."
     from crop2seg.pipeline import make_cube
@@ -126,7 +141,18 @@ def _where(add): # Arguments that name a place and a season
 def _out(add, what): # Arguments that name an output
     add('--out', required=True, help=what); add('--overwrite', action='store_true', help='replace what is there')
 
-# %% ../nbs/71_cli.ipynb #f15e5e4a
+# %% ../nbs/71_cli.ipynb #5a315486
+def _simulate_options(add):
+    add('out', help='new folder of the season'); add('--season', type=_number(int, 2017, 2100), default=2019, help='year of harvest')
+    add('--size', type=_number(int, 2, 20_000), default=256, help='edge of the square, pixels of 10 m, even'); add('--bbox', help='W,S,E,N in degrees, instead of --size')
+    add('--origin', type=float, nargs=2, metavar=('X', 'Y'), help='upper left corner, metres; by default near Prague'); add('--epsg', type=int, default=32633, help='UTM zone of --origin')
+    add('--dates', type=_number(int, 0), default=36, help='number of scenes; 0 for all that the orbits bring'); add('--seed', type=_number(int, 0, 2**31), default=0, help='of everything random')
+    add('--cloudy', type=_number(float, 0, .99), help='mean cloud cover, 0 to 1; by default that of the climate'); add('--max-cloud', type=_number(float, 0, 1), default=1., help='cloudier scenes are left out')
+    add('--baseline', default='02.12', help='processing baseline, mixed or earth-search'); add('--edges', type=_number(float, 0, 1), default=0., help='chance that the swath of an orbit ends in the area')
+    add('--parcels', type=_number(int, 1), help='parcels wanted, about; by default the landscape is true to size'); add('--region', default='czech', help='shares of the crops: czech, czech_country or varied')
+    add('--aoi', help=argparse.SUPPRESS)
+
+# %% ../nbs/71_cli.ipynb #d3e0ca1b
 def _cube_options(add):
     _where(add); _out(add, 'a .zarr folder; the ledger lies beside it')
     add('--cloud-margin', type=_number(float, 0, 10_000), default=20., help='distance kept from clouds, metres')
@@ -162,13 +188,13 @@ def _app_options(add):
     add('bundle', nargs='?', help='folder written by crop2seg map'); add('--port', type=_number(int, 0, 65_535), default=5006, help='of the server')
     add('--no-browser', action='store_true', help='do not open a browser')
 
-# %% ../nbs/71_cli.ipynb #94fa5df0
+# %% ../nbs/71_cli.ipynb #5d85bf4c
 def parser() -> argparse.ArgumentParser: # Of the whole command
     "The arguments of `crop2seg`."
     top = argparse.ArgumentParser('crop2seg', description='Crop maps from Sentinel-2 time series.')
     top.add_argument('--version', action='version', version=f'crop2seg {__version__}')
     verbs = top.add_subparsers(dest='verb', required=True, metavar='VERB')
-    for name, run, fill in (('cube', _cube, _cube_options), ('dataset', _dataset, _dataset_options), ('train', _train, _train_options),
+    for name, run, fill in (('simulate', _simulate, _simulate_options), ('cube', _cube, _cube_options), ('dataset', _dataset, _dataset_options), ('train', _train, _train_options),
                             ('evaluate', _evaluate, _evaluate_options), ('map', _map, _map_options), ('app', _app, _app_options)):
         verb = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         verb.set_defaults(do=run)

@@ -54,7 +54,7 @@ def roofs(
     "Sealed surfaces, each its own mixture."
     return (rng.dirichlet(np.full(3, .8), n) @ BUILT*rng.lognormal(0, .2, (n, 1))).clip(.02, .6).astype('float32')
 
-# %% ../nbs/06_fields.ipynb #de57c85c
+# %% ../nbs/06_fields.ipynb #5cc5cbf1
 SHADE = dict(forest_needle=(.3, .55), forest_broadleaf=(.1, .35), orchard_tall=(.1, .3), orchard=(.05, .2), hops=(.05, .2), shrub=(.1, .3))
 COVERS = ('volunteers', 'late_crop', 'catch_crop', 'hardy_cover', 'rapeseed', 'winter_cereal', 'weeds')
 
@@ -65,10 +65,11 @@ def stand(
     covers:float=1., # Times the probability of a green cover before and after the crop
     spread:float=1., # How much regions and parcels differ in what the calendars do not say, 0 for not at all
     mown:bool=True, # Whether grass and forage are cut
+    region:np.random.Generator|None=None, # Source of what the parcels of a region share; None: `rng`
 ) -> dict[str, np.ndarray]: # Daily states of `course` (P D); petals, sealed_colour (P 10); shade, late (P)
     "Parcels and their daily course; ValueError for a crop without a calendar."
-    names, n = np.asarray(names), len(names)
-    habits = {c: covers*np.exp(spread*rng.normal(-.5, 1.2)) for c in COVERS}
+    names, n, shared = np.asarray(names), len(names), rng if region is None else region
+    habits = {c: covers*np.exp(spread*shared.normal(-.5, 1.2)) for c in COVERS}
     out = dict(petals=np.empty((n, 10), np.float32), shade=np.zeros(n, np.float32), late=np.zeros(n, np.float32), sealed_colour=roofs(n, rng))
     for crop in dict.fromkeys(names.tolist()):
         rows = np.flatnonzero(names == crop)
@@ -77,17 +78,18 @@ def stand(
         for k, v in course(crop, DAYS, weather, parcels=parcels).items():
             out.setdefault(k, np.empty((n, len(DAYS)), np.float32))[rows] = v
         out['petals'][rows], out['shade'][rows] = flower_colour(crop), rng.uniform(*SHADE.get(crop, (0, 0)), len(rows))
-        out['late'][rows] = spread*(rng.normal(0, 4) + rng.normal(0, 3, len(rows)))
-    return _vary(out, rng, spread, np.unique(names, return_inverse=True)[1])
+        out['late'][rows] = spread*(shared.normal(0, 4) + rng.normal(0, 3, len(rows)))
+    return _vary(out, rng, shared, spread, np.unique(names, return_inverse=True)[1])
 
-def _vary(s, rng, spread, crop): # What a region shares, what its parcels of a crop share, and what each has of its own
+# %% ../nbs/06_fields.ipynb #a2c63c9e
+def _vary(s, rng, shared, spread, crop): # What a region shares, what its parcels of a crop share, and what each has of its own
     n, kinds = len(crop), crop.max() + 1
-    def times(region, own): return np.exp(spread*(region*(rng.normal() + .7*rng.normal(size=(kinds, 1))[crop]) + own*rng.normal(size=(n, 1))))
-    share = lambda region, low, high: np.clip(spread*(rng.uniform(0, region) + rng.uniform(low, high, (n, 1))), 0, .5)
-    leaf, gaps, dead, weeds = times(.2, .15), share(.2, -.08, .12), share(.25, -.1, .15), spread*.1*np.exp(rng.normal(0, .6))*rng.lognormal(0, .7, (n, 1))
-    s |= dict(lai=s['lai']*leaf, green=s['green']*leaf, brown=s['brown'] + dead*rng.uniform(.5, 1.5), cover=s['cover']*(1 - gaps))
+    def times(region, own): return np.exp(spread*(region*(shared.normal() + .7*shared.normal(size=(kinds, 1))[crop]) + own*rng.normal(size=(n, 1))))
+    share = lambda region, low, high: np.clip(spread*(shared.uniform(0, region) + rng.uniform(low, high, (n, 1))), 0, .5)
+    leaf, gaps, dead, weeds = times(.2, .15), share(.2, -.08, .12), share(.25, -.1, .15), spread*.1*np.exp(shared.normal(0, .6))*rng.lognormal(0, .7, (n, 1))
+    s |= dict(lai=s['lai']*leaf, green=s['green']*leaf, brown=s['brown'] + dead*shared.uniform(.5, 1.5), cover=s['cover']*(1 - gaps))
     s |= dict(cab=s['cab']*times(.12, .08)*(1 - dead/2), cw=s['cw']*times(.2, .12)*(1 - dead/2), cm=s['cm']*times(.15, .1), n=s['n']*times(.05, .1))
-    s |= dict(ala=s['ala'] + spread*rng.normal(0, 4), under=np.maximum(s['under'], weeds), late=s['late'] + spread*rng.normal(0, 4))
+    s |= dict(ala=s['ala'] + spread*shared.normal(0, 4), under=np.maximum(s['under'], weeds), late=s['late'] + spread*shared.normal(0, 4))
     s['shade'] = 1 - (1 - s['shade'])*times(.08, .07)[:, 0] # below 0: brighter than a level canopy
     return {k: v.astype('float32') for k, v in s.items()}
 
