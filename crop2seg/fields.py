@@ -93,7 +93,7 @@ def _vary(s, rng, shared, spread, crop): # What a region shares, what its parcel
     s['shade'] = 1 - (1 - s['shade'])*times(.08, .07)[:, 0] # below 0: brighter than a level canopy
     return {k: v.astype('float32') for k, v in s.items()}
 
-# %% ../nbs/06_fields.ipynb #53c85a54
+# %% ../nbs/06_fields.ipynb #e94d4648
 LIMITS = dict(lai=(0, 8), under=(0, 8), ala=(20, 80), cab=(0, 90), cw=(0, .07), cm=(.001, .02), brown=(0, 1.5), n=(1, 2.6)) # of the canopy table
 LEAF = tuple(k for k in LIMITS if k not in ('lai', 'under'))
 GRASS = (55., 42., .014, .006, 0., 1.5) # leaves of weeds and of the grass between rows, in the order of LEAF
@@ -124,7 +124,7 @@ def render(
     lai = np.clip(now('lai')*np.reshape(vigour, (-1, 1)), *LIMITS['lai'])
     top = _over(lai, [now(k) for k in LEAF], floor, light)
     top = (1 - flower)*top + flower*states['petals'][parcel][:, None]
-    low = np.exp(-.05*np.clip(np.tan(np.deg2rad(sun))/np.tan(np.deg2rad(40)), 0, 4), dtype=np.float32)[:, None] # shadows of clods, rows and plants
+    low = np.exp(-.05*np.clip(np.tan(np.deg2rad(sun))/np.tan(np.deg2rad(40)) - 1, 0, 3), dtype=np.float32)[:, None] # shadows of clods, rows and plants
     land = (cover*top + (1 - cover)*floor)*(1 - states['shade'][parcel])[:, None, None]*low
     return (1 - sealed - water).clip(0)*land + sealed*states['sealed_colour'][parcel][:, None] + water*WATER
 

@@ -154,7 +154,7 @@ def cloud_points(
     cirrus = _veil(rng, shape[1:])*np.exp(.8*rng.standard_normal(shape, dtype='float32'))
     return _layers(_depth(z - cut, scale), _depth(.4*z + .917*other - cut, scale), cirrus, sun)
 
-# %% ../nbs/08_sky.ipynb #4d9a0689
+# %% ../nbs/08_sky.ipynb #f660f92f
 _NM = BAND_TABLE.centre_nm.to_numpy()
 
 def scene_errors(
@@ -172,7 +172,7 @@ def scene_errors(
     grey, infrared = .055*rng.standard_t(4, (n, 1)), rng.normal(0, .05, (n, 1))*(_NM > 1500)
     tint = (grey + infrared + rng.normal(0, .015, (n, 10))).clip(-.35, .35)
     gain = (1 + strength*tint)*(1 - .22*spread).clip(.5, 1.3)
-    offset = .075*spread + strength*rng.normal(0, .002, (n, 10))
+    offset = .075*spread + strength*(rng.normal(0, .002, (n, 10)) - .012*np.minimum(1/high/3, 1)[:, None]**2*(_NM < 720))
     names = ['haze', 'noise', *(f'gain_{b}' for b in BANDS), *(f'offset_{b}' for b in BANDS)]
     values = [strength*haze, strength*.0015/high, *gain.T, *offset.T]
     return pd.DataFrame(dict(zip(names, values))).astype('float32')
