@@ -47,18 +47,18 @@ def predict_patches(
         *inputs, _ = (a.to(device) for a in batch)
         for probs in model(*inputs).float().softmax(1).cpu().numpy(): yield next(names), probs
 
-# %% ../nbs/53_evaluate.ipynb #736f8c56
+# %% ../nbs/53_evaluate.ipynb #ba2204b5
 def pixel_features(
     folder:Path, # Patch data set
     row, # Row of its index
-    year:int, # Season year
+    year:int, # Season year, where the row names none
     pixels:Int[np.ndarray, "N"]|None=None, # Positions in the flattened patch; None for all
 ) -> Float[np.ndarray, "N F"]: # Monthly medians
     "Features of the pixels of a patch for the forest."
     patch = read_patch(folder, row.patch_id)
     x, clear = rearrange(patch['series'], 't c h w -> t c (h w)'), rearrange(patch['clear'], 't h w -> t (h w)')
     if pixels is not None: x, clear = x[..., pixels], clear[:, pixels]
-    return monthly_medians(np.where(x == NODATA, np.nan, x*np.float32(SCALE)), Season(year).days(row.dates), clear)
+    return monthly_medians(np.where(x == NODATA, np.nan, x*np.float32(SCALE)), Season(int(getattr(row, 'season_year', year))).days(row.dates), clear)
 
 def fit_forest(
     folder:Path, # Patch data set
