@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= data/runs/map
+BUNDLE ?= $(or $(CROP2SEG_BUNDLE),$(OUT))
 
 READY := $(VENV)/.ready
 DEV   := $(VENV)/.ready-dev
@@ -10,8 +11,8 @@ BIN   := $(VENV)/bin
 
 .PHONY: help setup map app test lab docs bench
 help:
-	@echo "make map     a crop map of the sample; or SOURCE=path/to/catalog.json MODEL=path/to/run [OUT=folder] [ARGS=...]"
-	@echo "make app     the map explorer in the browser; BUNDLE=folder opens a map made before"
+	@echo "make map     a crop map of the sample; or [SOURCE=path/to/catalog.json] [MODEL=path/to/run] [OUT=folder] [ARGS=...]"
+	@echo "make app     the map that make map made, in the browser; BUNDLE=folder opens another"
 	@echo "make test    every check that CI runs; the last line counts them"
 	@echo "make lab     the notebooks in JupyterLab"
 	@echo "make docs    the site, in _docs"
@@ -23,16 +24,11 @@ setup: $(READY)
 	@echo "The environment lies in $(VENV)"
 
 map: $(READY)
-ifeq ($(and $(SOURCE),$(MODEL))$(wildcard data/sample/catalog.json),)
-	@echo "No sample comes with this version; name the scenes and a trained model: make map SOURCE=path/to/catalog.json MODEL=path/to/run"
-	@exit 1
-else
 	@$(BIN)/crop2seg map $(if $(SOURCE),--source "$(SOURCE)") $(if $(MODEL),--model "$(MODEL)") --out "$(OUT)" $(ARGS)
-	@echo "The bundle lies in $(abspath $(OUT))"
-endif
+	@echo "The bundle lies in $(abspath $(OUT)); look at it with: make app$(if $(filter-out data/runs/map,$(OUT)), OUT=$(OUT))"
 
 app: $(READY)
-	@$(BIN)/crop2seg app $(if $(BUNDLE),"$(BUNDLE)") $(ARGS)
+	@$(BIN)/crop2seg app "$(BUNDLE)" $(ARGS)
 
 test: $(DEV)
 	@$(BIN)/python tools/test.py

@@ -117,7 +117,7 @@ def _evaluate(args): # Run folder(s) -> scores
 def _app(args): # Bundle -> dashboard
     "Serve the map explorer for a bundle."
     if args.bundle and not (Path(args.bundle)/'run.json').exists():
-        raise FileNotFoundError(f'{args.bundle} holds no bundle; make one with crop2seg map')
+        raise FileNotFoundError(f'{args.bundle} holds no bundle; make one with make map, or crop2seg map --out {args.bundle}')
     here = Path(__file__).parent
     page = next(p for p in (here/'app.ipynb', here.parent/'nbs'/'app.ipynb') if p.exists()) # in a wheel, in a checkout
     show = [] if args.no_browser else ['--show']

@@ -86,7 +86,7 @@ def predict_map(
     height, width = min(window, H), min(window, W)
     total, weight = np.zeros((K, height, W), 'float32'), np.zeros((height, W), 'float32')
     bell = taper(height, width, overlap)
-    bar = tqdm(total=len(rows) * len(columns), desc='windows', disable=None)
+    bar = tqdm(total=len(rows) * len(columns), desc='windows      ', disable=None)
     for row, done in zip(rows, np.diff([*rows, H])):
         for column in columns:
             probs = window_probs(cube.isel(y=slice(row, row + height), x=slice(column, column + width)), model, run)

@@ -21,7 +21,7 @@ from odc.geo.geobox import GeoBox
 from rasterio.features import geometry_mask
 from rasterio.warp import transform_geom
 from . import __version__
-from .areas import UNSEEN, area_table, count_classes
+from .areas import UNSEEN, area_table, count_classes, largest
 from .bands import BANDS
 from .clouds import add_clear, clear_share, drop_cloudy
 from .cube import load_cube, native_grid, open_cube, save_cube
@@ -96,9 +96,10 @@ def make_cube(
     cube = load_cube(kept, rows, native_grid(kept, place, bands), bands)
     share = clear_share(cube, margin)
     rows = note_clear(rows, share, least)
-    log(f'season {season.year}: {len(items)} scenes, {int((share >= least).sum())} dates kept, grid {cube.sizes["y"]} x {cube.sizes["x"]}')
+    simulated = 'crop2seg:simulated' in kept[0].properties
+    log(f'{"simulated "*simulated}season {season.year}: {len(items)} scenes, {int((share >= least).sum())} dates kept, grid {cube.sizes["y"]} x {cube.sizes["x"]}')
     cube = add_clear(drop_cloudy(cube, share, least), margin)
-    cube.attrs |= dict(season_year=season.year, source=str(source), simulated='crop2seg:simulated' in kept[0].properties, request=request)
+    cube.attrs |= dict(season_year=season.year, source=str(source), simulated=simulated, request=request)
     save_cube(cube, out, overwrite=True); write_ledger(rows, book)
     return out
 
@@ -264,5 +265,5 @@ def map_crops(
         _describe(part, cube, run, counts, describe(cube, run, dict(folder=folder.name, **run['model']), request, total))
         _keep_inputs(source, kept, part)
     remove(kept.with_name(f'{kept.stem}.ledger.csv'))
-    log(f'crop map in {out}')
+    log(f'crop map in {out}: {largest(pd.read_csv(out/"areas.csv"))}')
     return out

@@ -4,6 +4,7 @@ from pathlib import Path
 import geopandas as gpd, numpy as np, pandas as pd, pytest, rasterio
 from rasterio.features import geometry_mask
 from crop2seg.bands import BANDS
+from crop2seg.cli import main
 from crop2seg.legend import read_legend
 from crop2seg.pipeline import make_cube
 from crop2seg.stac import open_source, search
@@ -64,3 +65,9 @@ def test_clear_enough_to_map(items, tmp_path):
     make_cube('sample', tmp_path/'sample.zarr', log=said.append)
     book = pd.read_csv(tmp_path/'sample.ledger.csv')
     assert (book.status == 'kept').sum() >= 27 and book.clear_share[book.status == 'kept'].median() > .5
+
+@pytest.mark.skipif(not (sample.parent/'models'/'default'/'run.json').exists(), reason='there is no bundled model')
+def test_bundled_model_maps_it(tmp_path):
+    assert main(['map', '--out', str(tmp_path/'map')]) == 0
+    crops, truth = (values(p)[0] for p in (tmp_path/'map'/'crops.tif', sample/'labels.tif'))
+    assert (crops == truth)[truth > 0].mean() > .6
