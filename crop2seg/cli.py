@@ -60,49 +60,72 @@ def _simulate(args): # A season -> static catalog and truth
                    region=args.region, max_cloud=args.max_cloud, edges=args.edges, progress=told if sys.stderr.isatty() else None, **where)
     print(f'simulated season: {out}')
 
-# %% ../nbs/71_cli.ipynb #7aa86fad
+# %% ../nbs/71_cli.ipynb #6413a7fe
 def _cube(args): # Place and season -> Zarr cube and its ledger
     "Build the cube of a place and season, with its ledger."
     from crop2seg.pipeline import make_cube
     make_cube(args.source, args.out, place_of(args), season_of_args(args), margin=args.cloud_margin, least=args.min_clear, overwrite=args.overwrite)
 
 def _dataset(args): # Cube and labels -> patches
-    "Cut labelled patches out of a cube."
+    "Cut labelled patches out of a cube, or simulate fields."
     from crop2seg.pipeline import make_dataset
+    if args.simulated: return _sheets(args)
     make_dataset(args.source, args.out, args.parcels, args.labels, args.column, args.complete, place_of(args), season_of_args(args),
                  size=args.size, block=args.block, folds=args.folds, labelled=args.min_labelled, seed=args.seed)
+
+def _sheets(args): # Nothing -> patches of simulated fields
+    from crop2seg.output import ready
+    from crop2seg.simulated import write_simulated
+    given = [f'--{k}' for k in ('source', 'parcels', 'labels', 'bbox', 'aoi', 'season', 'start', 'end') if getattr(args, k) not in (None, 'sample')]
+    if given: raise ValueError(f'--simulated makes up its own fields; drop {given[0]}')
+    print(f'sheets in {write_simulated(ready(args.out), args.simulated, args.fields, args.seed, args.folds, workers=args.workers)}')
 
 def _map(args): # Source and model -> bundle
     "Map the crops of a place and season."
     from crop2seg.pipeline import map_crops
     map_crops(args.source, args.out, args.model, place_of(args), season_of_args(args), args.overwrite, window=args.window, overlap=args.overlap)
 
-# %% ../nbs/71_cli.ipynb #2cb9a4b0
+# %% ../nbs/71_cli.ipynb #8a423731
 def _train(args): # Patches -> run folder(s)
     "Train a model on a patch data set."
     from crop2seg.output import ready
     from crop2seg.patches import read_index
     from crop2seg.training import train
     _, facts = read_index(args.data)
-    out, options = ready(args.out), _architecture(args)
-    folds = {'all': range(1, facts['folds'] + 1), 'none': [None]}.get(args.fold) or [args.fold]
+    out, fields, which = ready(args.out), _fields(args), args.fold or ('none' if args.start_from else 'all')
+    folds = {'all': range(1, facts['folds'] + 1), 'none': [None]}.get(which) or [which]
     for fold in folds:
-        where = out/f'fold{fold}' if args.fold == 'all' else out
-        print(f'training {args.model}' + (f', fold {fold} held out' if fold else ' on all folds'))
-        train(args.data, where, model=args.model, model_args=options, valid_fold=fold, epochs=args.epochs, batch_size=args.batch_size,
-            lr=args.lr, seed=args.seed, temporal_dropout=args.temporal_dropout, resume=where.exists() and not args.overwrite, overwrite=args.overwrite)
+        where = out/f'fold{fold}' if which == 'all' else out
+        print(f'training {fields["model"]}' + (f', fold {fold} held out' if fold else ' on all folds'))
+        train(args.data, where, valid_fold=fold, resume=where.exists() and not args.overwrite, overwrite=args.overwrite, **fields)
     print(f'run folder: {out}')
+
+# %% ../nbs/71_cli.ipynb #c7172bd8
+def _fields(args): # Fields of the recipe: those that were given, on top of the usual ones
+    from crop2seg.training import tuned
+    given = {k: v for k in ('epochs', 'batch_size', 'lr', 'seed', 'temporal_dropout', 'physics', 'tune', 'keep') if (v := getattr(args, k)) is not None}
+    given |= (more := _json('--recipe', args.recipe, '{"smoothing": 0.05}'))
+    if odd := set(more) - (known := {'wd', 'clip', 'augment', 'loss', 'class_weights', 'smoothing', 'select'}):
+        raise ValueError(f'--recipe takes no {", ".join(sorted(odd))}; it takes {", ".join(sorted(known))}')
+    if not args.start_from: return dict(model=args.model or 'timeunet', model_args=_architecture(args)) | given
+    if args.model or args.model_args != '{}': raise ValueError(f'--from {args.start_from} brings its architecture along; drop --model and --model-args')
+    return tuned(args.start_from, **given)
+
+def _json(option, text, example): # A JSON object that an option holds
+    try: value = json.loads(text)
+    except json.JSONDecodeError as e: raise ValueError(f'{option} {text} is not JSON ({e}); write it as {example}') from e
+    if not isinstance(value, dict): raise ValueError(f'{option} {text} must be a JSON object; write it as {example}')
+    return value
 
 def _architecture(args): # Arguments of the network, tried before anything is written
     from crop2seg.models.zoo import build
-    try: options = json.loads(args.model_args)
-    except json.JSONDecodeError as e:
-        raise ValueError(f'--model-args {args.model_args} is not JSON ({e}); write it as {{"widths": [16, 16, 32]}}') from e
-    if not isinstance(options, dict) or {'n_classes', 'n_bands'} & set(options):
+    name = args.model or 'timeunet'
+    options = _json('--model-args', args.model_args, '{"widths": [16, 16, 32]}')
+    if {'n_classes', 'n_bands'} & set(options):
         raise ValueError(f'--model-args {args.model_args} must be a JSON object without n_classes and n_bands, which the data decide')
-    try: build(args.model, n_classes=2, n_bands=2, **options)
+    try: build(name, n_classes=2, n_bands=2, **options)
     except (TypeError, RuntimeError) as e:
-        raise ValueError(f'--model-args {args.model_args} do not make a {args.model} ({e})') from e
+        raise ValueError(f'--model-args {args.model_args} do not make a {name} ({e})') from e
     return options
 
 # %% ../nbs/71_cli.ipynb #04914d3d
@@ -117,7 +140,7 @@ def _evaluate(args): # Run folder(s) -> scores
 def _app(args): # Bundle -> dashboard
     "Serve the map explorer for a bundle."
     if args.bundle and not (Path(args.bundle)/'run.json').exists():
-        raise FileNotFoundError(f'{args.bundle} holds no bundle; make one with crop2seg map')
+        raise FileNotFoundError(f'{args.bundle} holds no bundle; make one with make map, or crop2seg map --out {args.bundle}')
     here = Path(__file__).parent
     page = next(p for p in (here/'app.ipynb', here.parent/'nbs'/'app.ipynb') if p.exists()) # in a wheel, in a checkout
     show = [] if args.no_browser else ['--show']
@@ -152,7 +175,7 @@ def _simulate_options(add):
     add('--parcels', type=_number(int, 1), help='parcels wanted, about; by default the landscape is true to size'); add('--region', default='czech', help='shares of the crops: czech, czech_country or varied')
     add('--aoi', help=argparse.SUPPRESS)
 
-# %% ../nbs/71_cli.ipynb #d3e0ca1b
+# %% ../nbs/71_cli.ipynb #44c46574
 def _cube_options(add):
     _where(add); _out(add, 'a .zarr folder; the ledger lies beside it')
     add('--cloud-margin', type=_number(float, 0, 10_000), default=20., help='distance kept from clouds, metres')
@@ -166,29 +189,42 @@ def _dataset_options(add):
     add('--size', type=_number(int, 1, 4096), default=128, help='edge of a patch, pixels'); add('--folds', type=_number(int, 1, 1000), default=5, help='spatial folds')
     add('--block', type=_number(float, 1), default=10_000, help='edge of a spatial block, metres'); add('--seed', type=_number(int, 0, 2**31), default=0, help='order of blocks')
     add('--min-labelled', type=_number(float, 0, 1), default=.05, help='least labelled share of a patch')
+    add('--simulated', type=_number(int, 1, 10**6), help='so many sheets of simulated fields instead of a source; --seed numbers the first')
+    add('--fields', type=_number(int, 1, 10**6), default=1024, help='of a simulated sheet, a multiple of 256'); add('--workers', type=_number(int, 1, 256), default=1, help='processes that simulate')
 
+# %% ../nbs/71_cli.ipynb #8bb1e55e
 def _fold(text): return text if text in ('all', 'none') else int(text) # A fold of train
 
 def _train_options(add):
     add('--data', required=True, help='folder of patches'); _out(add, 'run folder, or folder of one run a fold')
-    add('--model', default='timeunet', help='architecture'); add('--model-args', default='{}', help='JSON of its arguments')
-    add('--fold', type=_fold, default='all', help='fold held out: a number, all (each in turn) or none'); add('--epochs', type=_number(int, 1), default=30, help='passes')
-    add('--batch-size', type=_number(int, 1), default=4, help='patches'); add('--lr', type=_number(float, 1e-8, 1), default=2e-3, help='peak learning rate')
-    add('--temporal-dropout', type=_number(float, 0, 1), default=.2, help='share of dates left out at random'); add('--seed', type=_number(int, 0, 2**31), default=0, help='of everything random')
+    add('--model', help='architecture (default: timeunet)'); add('--model-args', default='{}', help='JSON of its arguments')
+    add('--from', dest='start_from', metavar='MODEL', help='trained model to tune on the few parcels of --data: run folder or bundled name, such as default')
+    usual = lambda name, a, b: f'{name} (default: {a}; with --from {b})' # the defaults that differ
+    add('--fold', type=_fold, help=usual('fold held out: a number, all (each in turn) or none', 'all', 'none')); add('--epochs', type=_number(int, 1), help='passes (default: 30)')
+    add('--batch-size', type=_number(int, 1), help='patches (default: 4)'); add('--lr', type=_number(float, 1e-8, 1), help=usual('peak learning rate', '.002', '.003'))
+    add('--temporal-dropout', type=_number(float, 0, 1), help=usual('share of dates left out at random', '.2', '0')); add('--seed', type=_number(int, 0, 2**31), default=0, help='of everything random')
+    add('--physics', type=_number(float, 0, 2), help='strength of the errors of sensor and sky drawn in training, which also lets a model cope with missing bands (default: 0)')
+    add('--keep', type=_number(float, 0, 100), help='with --from: how strongly pixels without a label are held to what the model said (default: 1)')
+    add('--recipe', default='{}', help='JSON of its rarer fields: wd, clip, augment, loss, class_weights, smoothing, select')
+    add('--tune', choices=('all', 'head'), help='with --from: weights that move (default: head)')
 
+# %% ../nbs/71_cli.ipynb #7056e49d
 def _evaluate_options(add):
     add('--data', required=True, help='folder of patches'); add('--run', required=True, help='a run folder, or a folder of them')
     add('--out', help='folder for evaluation.json'); add('--no-baseline', action='store_true', help='leave out the random forest')
 
 def _map_options(add):
-    _where(add); add('--model', help='run folder or name of a bundled model'); _out(add, 'folder of the bundle')
+    _where(add); add('--model', help='run folder or name of a bundled model (default: default)'); _out(add, 'folder of the bundle')
     add('--window', type=_number(int, 1), default=128, help='edge of a window, pixels'); add('--overlap', type=_number(int, 0), default=32, help='of windows, pixels')
 
 def _app_options(add):
     add('bundle', nargs='?', help='folder written by crop2seg map'); add('--port', type=_number(int, 0, 65_535), default=5006, help='of the server')
     add('--no-browser', action='store_true', help='do not open a browser')
 
-# %% ../nbs/71_cli.ipynb #5d85bf4c
+# %% ../nbs/71_cli.ipynb #24034aae
+class _Help(argparse.ArgumentDefaultsHelpFormatter): # Names a default where there is one
+    def _get_help_string(self, action): return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
 def parser() -> argparse.ArgumentParser: # Of the whole command
     "The arguments of `crop2seg`."
     top = argparse.ArgumentParser('crop2seg', description='Crop maps from Sentinel-2 time series.')
@@ -196,7 +232,7 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
     verbs = top.add_subparsers(dest='verb', required=True, metavar='VERB')
     for name, run, fill in (('simulate', _simulate, _simulate_options), ('cube', _cube, _cube_options), ('dataset', _dataset, _dataset_options), ('train', _train, _train_options),
                             ('evaluate', _evaluate, _evaluate_options), ('map', _map, _map_options), ('app', _app, _app_options)):
-        verb = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        verb = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, formatter_class=_Help)
         verb.set_defaults(do=run)
         fill(verb.add_argument)
         verb.add_argument('--debug', action='store_true', help='show where an error arose')

@@ -10,6 +10,8 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Int
 from scipy.ndimage import distance_transform_edt
+from tqdm import tqdm
+from tqdm.dask import TqdmCallback
 from .bands import SCL
 
 # %% ../nbs/13_clouds.ipynb #a0896593
@@ -46,7 +48,8 @@ def clear_share(
 ) -> xr.DataArray: # (time), 0 to 1, in memory
     "Share of the place, as far as the source covers it, that was seen on each date, from the scene classification."
     covered = (cube.scl != 0).any('time')
-    return (_clear_scl(cube, margin).sum(('y', 'x')) / covered.sum().clip(1)).compute()
+    share = _clear_scl(cube, margin).sum(('y', 'x')) / covered.sum().clip(1)
+    with TqdmCallback(tqdm_class=tqdm, desc='scene classes', disable=None): return share.compute() # a bar on terminals only
 
 def drop_cloudy(
     cube:xr.Dataset, # With a time axis

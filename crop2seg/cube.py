@@ -19,6 +19,8 @@ import xarray as xr
 from affine import Affine
 from odc.geo.geobox import GeoBox
 from odc.loader import RioDriver, RioReader
+from tqdm import tqdm
+from tqdm.dask import TqdmCallback
 from .bands import BANDS, NODATA, SCALE, from_int16, reflectance
 from .harmonise import ledger, solar_day
 from .output import whole
@@ -118,7 +120,8 @@ def save_cube(
     sizes = {'time': 8, 'band': -1, 'y': 256, 'x': 256}
     tidy = cube.drop_encoding().chunk({d: sizes[d] for d in cube.dims})
     coded = {'reflectance': {'dtype': 'int16', 'scale_factor': SCALE, '_FillValue': NODATA}}
-    with whole(path) as part: tidy.to_zarr(part, encoding=coded, zarr_format=3, consolidated=False)
+    with TqdmCallback(tqdm_class=tqdm, desc='reflectance  ', disable=None), whole(path) as part: # a bar on terminals only
+        tidy.to_zarr(part, encoding=coded, zarr_format=3, consolidated=False)
     return path
 
 # %% ../nbs/12_cube.ipynb #5f125d5f

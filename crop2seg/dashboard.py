@@ -222,7 +222,7 @@ def _layout(explorer): # Map and choices, then season and legend; one below the 
     return pn.FlexBox(left, right, gap='8px 24px', align_items='flex-start', sizing_mode='stretch_width')
 
 def _excuse(problem): # What to do when there is no map
-    make = 'Make a map with <code>make map SOURCE=catalog.json MODEL=run</code>, or name the folder of one in the variable <code>CROP2SEG_BUNDLE</code>.'
+    make = 'Make one with <code>make map</code>, which maps the simulated sample, or name the folder of another in the variable <code>CROP2SEG_BUNDLE</code>.'
     return _text(f'<div role="alert"><h2>There is no crop map to show</h2><p>{html.escape(problem[:1].upper() + problem[1:])}.</p><p>{make}</p></div>')
 
 @patch

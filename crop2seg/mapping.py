@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['starts', 'taper', 'check_fit', 'window_probs', 'predict_map']
 
-# %% ../nbs/60_mapping.ipynb #77126b02
+# %% ../nbs/60_mapping.ipynb #08607fb4
 from collections.abc import Iterator
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import xarray as xr
 from jaxtyping import Float
 from tqdm import tqdm
 from .dataset import normalise
+from .places import add_bands
 from .season import Season
 
 # %% ../nbs/60_mapping.ipynb #03197a66
@@ -37,14 +38,15 @@ def taper(
     ramp = lambda n: np.sin(np.pi / 2 * np.minimum(1, (np.minimum(np.arange(n), np.arange(n)[::-1]) + .5) / max(overlap, .5)))**2
     return np.outer(ramp(height), ramp(width)).astype('float32')
 
-# %% ../nbs/60_mapping.ipynb #de0c6904
+# %% ../nbs/60_mapping.ipynb #e614d749
 def check_fit(
     cube:xr.Dataset, # To be mapped
     run:dict, # The run.json of a trained model
 ) -> None:
     "ValueError unless a model and a cube speak of the same bands, and the model of its own legend."
     have, want = cube.band.values.tolist(), list(run['bands'])
-    if have != want:
+    allowed = [b for b in want if b in have] if run.get('drops_bands') else want
+    if not have or have != allowed:
         raise ValueError(f'the model was trained on {", ".join(want)}, the cube holds {", ".join(have)}; make a cube with the bands of the model')
     if 'clear' not in cube or 'season_year' not in cube.attrs:
         raise ValueError('the cube lacks its clear observations or its season; make it with crop2seg cube')
@@ -71,7 +73,7 @@ def window_probs(
     batch = [a[None].to(device) for a in (x, days, torch.zeros(len(days), dtype=torch.bool), torch.from_numpy(part.clear.values))]
     with torch.inference_mode(): return model(*batch).softmax(1)[0].float().cpu().numpy()
 
-# %% ../nbs/60_mapping.ipynb #2f5f1f3d
+# %% ../nbs/60_mapping.ipynb #f925f12f
 def predict_map(
     cube:xr.Dataset, # With reflectance and clear, and the attribute season_year
     model:torch.nn.Module, # In eval mode
@@ -81,12 +83,13 @@ def predict_map(
 ) -> Iterator[tuple[int, Float[np.ndarray, "K h W"]]]: # First row of a strip and its probabilities; NaN where nothing was seen
     "Blended class probabilities of a cube, strip by strip."
     check_fit(cube, run)
+    cube = add_bands(cube, run['bands'])
     (H, W), K = (cube.sizes['y'], cube.sizes['x']), run['model']['args']['n_classes']
     rows, columns = starts(H, window, overlap), starts(W, window, overlap)
     height, width = min(window, H), min(window, W)
     total, weight = np.zeros((K, height, W), 'float32'), np.zeros((height, W), 'float32')
     bell = taper(height, width, overlap)
-    bar = tqdm(total=len(rows) * len(columns), desc='windows', disable=None)
+    bar = tqdm(total=len(rows) * len(columns), desc='windows      ', disable=None)
     for row, done in zip(rows, np.diff([*rows, H])):
         for column in columns:
             probs = window_probs(cube.isel(y=slice(row, row + height), x=slice(column, column + width)), model, run)

@@ -133,18 +133,23 @@ def show_confusion(
     ax.set(xlabel=f'prediction{void}, % of row', ylabel='truth (pixels)')
     return ax
 
-# %% ../nbs/03_plot.ipynb #6f6e8943
+# %% ../nbs/03_plot.ipynb #57129741
 def save_gif(
     frames:UInt8[np.ndarray, "N H W 3"], # images, as `rgb_image` gives them
     path:str|Path, # file to write, *.gif
     fps:float=2, # frames a second
     zoom:int=1, # screen pixels a pixel
+    colours:int|None=None, # shared by all frames, 2 to 256: fewer, smaller; None: up to 256 a frame
 ) -> Path: # the file
     "Write images as an endless GIF; raises ValueError for no frames or frames that are not uint8."
     frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or not len(frames):
         raise ValueError(f"frames are {frames.dtype} {frames.shape}; give uint8 images (N, H, W, 3), as of rgb_image")
     big = frames[..., :3].repeat(zoom, axis=1).repeat(zoom, axis=2)
-    first, *rest = [Image.fromarray(f) for f in big]
+    images = [Image.fromarray(f) for f in big]
+    if colours:
+        palette = Image.fromarray(np.concatenate(frames[..., :3])).quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=3)
+        images = [i.quantize(palette=palette, dither=Image.Dither.NONE) for i in images]
+    first, *rest = images
     first.save(path, save_all=True, append_images=rest, duration=round(1000/fps), loop=0)
     return Path(path)

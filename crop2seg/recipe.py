@@ -9,7 +9,7 @@ __all__ = ['Recipe', 'settle', 'choose_device', 'choose_precision']
 from dataclasses import asdict, dataclass
 import torch
 
-# %% ../nbs/38_recipe.ipynb #b874cdec
+# %% ../nbs/38_recipe.ipynb #29041a67
 @dataclass(frozen=True)
 class Recipe:
     "What decides the result of a training."
@@ -30,9 +30,11 @@ class Recipe:
     class_weights:bool=False # Inverse square root of the class frequency
     smoothing:float=0. # Label smoothing of the cross-entropy
     select:str='last' # Weights that become the model: 'last' or 'best'
-    start_from:str|None=None # Run folder whose weights are the start
+    start_from:str|None=None # Run folder, or bundled model, whose weights are the start
+    tune:str='all' # Weights that move: 'all' or 'head', the last layer alone
+    keep:float=0. # How strongly a tuned model is held to what it said before
 
-# %% ../nbs/38_recipe.ipynb #a58fd7b6
+# %% ../nbs/38_recipe.ipynb #77ac5d09
 def settle(
     recipe:Recipe, # As asked for
     folds:list, # Folds of the data set
@@ -53,6 +55,10 @@ def settle(
         if getattr(r, name) < 1: raise ValueError(f"{name} is {getattr(r, name)}; it must be at least 1")
     if not 0 <= r.temporal_dropout < 1:
         raise ValueError(f"temporal_dropout is {r.temporal_dropout}; give a share from 0 to below 1")
+    if r.tune not in ('all', 'head'): raise ValueError(f"tune is {r.tune!r}; choose 'all' or 'head'")
+    if not 0 <= r.keep <= 100: raise ValueError(f"keep is {r.keep}; give a strength from 0 to 100")
+    if r.start_from is None and (r.keep or r.tune != 'all'):
+        raise ValueError("tune and keep need a model to start from; set start_from or leave them out")
     if not 0 <= r.physics <= 2: raise ValueError(f"physics is {r.physics}; give a strength from 0 to 2")
     held_out, start = (None if v is None else f(v) for f, v in ((int, r.valid_fold), (str, r.start_from)))
     return Recipe(**asdict(r) | dict(

@@ -132,5 +132,5 @@ def test_visitors_do_not_meet(browser, app):
 def test_no_map_yet(browser, tmp_path):
     with served(tmp_path/'none') as url, visit(browser, url) as page:
         page.get_by_text('There is no crop map to show').wait_for()
-        page.get_by_text('make map SOURCE=').wait_for()
+        page.get_by_text('make map', exact=True).wait_for()
         assert not page.get_by_text('Traceback').count()

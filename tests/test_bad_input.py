@@ -4,6 +4,7 @@ from pathlib import Path
 import geopandas as gpd, pytest, rasterio
 from crop2seg.cli import main
 from crop2seg.cube import open_cube, save_cube
+from crop2seg.legend import data_dir
 from crop2seg.simulate import simulate
 from crop2seg.training import train
 
@@ -33,7 +34,8 @@ def spoil(out):
     save_cube(cube.isel(time=slice(0, 0)), out/'empty.zarr')
     save_cube(cube.isel(band=slice(0, 6)), out/'sixbands.zarr')
     save_cube(cube.assign(clear=cube.clear & False), out/'cloudy.zarr')
-    for name, change in (('bands', lambda r: r.update(bands=r['bands'][::-1])), ('legend', lambda r: r['legend']['ids'].pop(0)), ('pickle', lambda r: None), ('stats', lambda r: r.update(stats={}))):
+    for name, change in (('bands', lambda r: r.update(bands=r['bands'][::-1])), ('legend', lambda r: r['legend']['ids'].pop(0)), ('pickle', lambda r: None), ('stats', lambda r: r.update(stats={})), ('able', lambda r: r.update(drops_bands=True)),
+                         ('names', lambda r: r['legend'].update(names=[f'crop {i}' for i in r['legend']['ids']]))):
         shutil.copytree(out/'run', out/f'run_{name}')
         facts = json.loads((out/f'run_{name}'/'run.json').read_text()); change(facts)
         (out/f'run_{name}'/'run.json').write_text(json.dumps(facts))
@@ -50,7 +52,6 @@ TABLE = [
     ('map --source {h}/empty.zarr --model {h}/run', 'has no date'),
     ('map --source {h}/torn --model {h}/run', 'B08.tif cannot be read'),
     ('map --source {h}/season --model {h}/none', 'there is no model'),
-    ('map --source {h}/season', 'no model was named'),
     ('map --source {h}/cube.zarr --model {h}/run_bands', 'trained on'),
     ('map --source {h}/sixbands.zarr --model {h}/run', 'trained on'),
     ('map --source {h}/cube.zarr --model {h}/run_legend', ''),
@@ -78,6 +79,20 @@ TABLE = [
     ('train --data {h}/patches --model-args {{', 'JSON'),
     ('train --data {h}/patches --model-args 5', 'must be a JSON object'),
     ('train --data {h}/patches --model-args {{"widths":"abc"}}', 'do not make a timeunet'),
+    ('train --data {h}/patches --from {h}/none', 'there is no model'),
+    ('train --data {h}/patches --from {h}/run_bands', 'use the same bands'),
+    ('train --data {h}/patches --from {h}/run_names', 'set keep to 0'),
+    ('train --data {h}/patches --from {h}/run_pickle', 'no safetensors file'),
+    ('train --data {h}/patches --from {h}/run --model timeunet', 'drop --model'),
+    ('train --data {h}/patches --from {h}/run --model-args {{"widths":[8]}}', 'drop --model'),
+    ('train --data {h}/patches --recipe {{', 'JSON'),
+    ('train --data {h}/patches --recipe {{"lr":1}}', 'takes no lr'),
+    ('train --data {h}/patches --recipe {{"smoothing":0.1,"loss":"dice"}}', "choose 'cross_entropy'"),
+    ('train --data {h}/patches --keep 1', 'need a model to start from'),
+    ('train --data {h}/patches --tune head', 'need a model to start from'),
+    ('dataset --simulated 2 --source {h}/season', 'drop --source'),
+    ('dataset --simulated 2 --parcels {h}/season/parcels.gpkg', 'drop --parcels'),
+    ('dataset --simulated 2 --fields 50', 'fields do not fill'),
 ]
 
 @pytest.mark.parametrize('words, says', TABLE, ids=[w for w, _ in TABLE])
@@ -93,10 +108,40 @@ def test_a_folder_that_cannot_be_written(here, capfd):
     assert 'choose a folder that you may write to' in capfd.readouterr().err
 
 @pytest.mark.parametrize('words', ['', 'paint', 'map', 'map --sauce x --out y', 'cube --out', 'cube --out x.zarr --min-clear 1.1', 'cube --out x.zarr --cloud-margin nan',
-                                   'dataset --out x --folds 0', 'dataset --out x --block -160', 'train --data x --out y --lr -1', 'train --data x --out y --fold some'])
+                                   'dataset --out x --folds 0', 'dataset --out x --block -160', 'train --data x --out y --lr -1', 'train --data x --out y --fold some', 'train --data x --out y --from z --keep 101', 'train --data x --out y --from z --tune tail',
+                                   'train --data x --out y --physics -1', 'dataset --out x --simulated 0', 'dataset --out x --simulated 2 --workers 0'])
 def test_a_mistyped_command(words, capsys):
     with pytest.raises(SystemExit) as e: main(words.split())
     assert e.value.code == 2
+
+def test_without_a_bundled_model(here, capfd, monkeypatch):
+    shutil.copytree(data_dir()/'legends', here/'bare'/'legends')
+    monkeypatch.setenv('CROP2SEG_DATA', str(here/'bare'))
+    assert main(['map', '--source', str(here/'season'), '--out', str(here/'bad')]) == 1
+    assert 'no model was named and none is bundled' in capfd.readouterr().err
+    shutil.copytree(here/'run', here/'bare'/'models'/'default')
+    assert main(['map', '--source', str(here/'cube.zarr'), '--out', str(here/'by_default')]) == 0
+
+def test_a_source_without_some_bands(here, capfd):
+    shutil.copytree(here/'season', here/'coarse')
+    for f in (here/'coarse').rglob('*.json'):
+        item = json.loads(f.read_text())
+        item['assets'] = {k: a for k, a in item.get('assets', {}).items() if not any(b in a['href'] for b in ('B02', 'B03', 'B04', 'B08'))}
+        if item.get('type') == 'Feature': f.write_text(json.dumps(item))
+    words = lambda run: ['map', '--source', str(here/'coarse'/'catalog.json'), '--model', str(here/run), '--out', str(here/'coarse_map')]
+    assert main(words('run')) == 1 and not (here/'coarse_map').exists()
+    assert main(words('run_able')) == 0 and 'lacks B02, B03, B04, B08' in capfd.readouterr().out
+    assert json.loads((here/'coarse_map'/'run.json').read_text())['bands'] == ['B05', 'B06', 'B07', 'B8A', 'B11', 'B12']
+    assert main(words('run_able')) == 0 and 'is there already' in capfd.readouterr().out
+
+def test_a_run_is_not_tuned_onto_itself(here, capfd):
+    assert main(['train', '--data', str(here/'patches'), '--from', str(here/'run'), '--out', str(here/'run'), '--overwrite']) == 1
+    assert 'is the run to start from' in capfd.readouterr().err and (here/'run'/'model.safetensors').exists()
+
+def test_tuning_goes_on(here, capfd):
+    words = ['train', '--data', str(here/'patches'), '--from', str(here/'run'), '--epochs', '1', '--out', str(here/'tuned')]
+    assert main(words) == 0 and main(words) == 0
+    assert main(words + ['--keep', '2']) == 1 and 'begun with keep 1.0, not 2.0' in capfd.readouterr().err
 
 def test_what_is_there_stays(here, capfd):
     (here/'mine').mkdir(); (here/'mine'/'thesis.txt').write_text('years of work')

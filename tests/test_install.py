@@ -40,12 +40,17 @@ def test_wheel_carries_data(wheel):
     data = [p.as_posix() for p in data if p.parts[1] not in ('cache', 'runs')]
     assert data and not [p for p in data if f'crop2seg/{p}' not in names]
     assert not [n for n in names if '/runs/' in n or not n.startswith('crop2seg')]
+    assert wheel.stat().st_size < 25e6
 
 def test_data_is_found(away, site):
     p = away('-c', "from crop2seg.legend import data_dir, read_legend; print(data_dir()); print(len(read_legend()))")
     assert p.returncode == 0, p.stderr
     where, classes = p.stdout.split()
     assert Path(where).resolve() == (site/'crop2seg'/'data').resolve() and int(classes) == 15
+
+def test_sample_opens(away):
+    p = away('-c', "from crop2seg.stac import open_source, search; items = search(open_source('sample')); print(len(items), items[0].properties['crop2seg:simulated'])")
+    assert p.returncode == 0 and p.stdout.split() == ['36', 'True'], p.stderr
 
 def test_every_module_imports_without_torchvision(away, site):
     "fastai asks pip for torchvision; crop2seg never loads it."

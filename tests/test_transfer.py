@@ -1,11 +1,15 @@
 "Real land as the transfer scores see it; skipped where ../shared/real is not beside the checkout"
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pytest, rasterio
 from crop2seg.bands import BANDS
+from crop2seg.cli import main
+from crop2seg.few_shot import few_shot
 from crop2seg.legend import read_legend
 from crop2seg.pipeline import take
 from crop2seg.places import read_bavaria, read_place
 from crop2seg.season import Season
+from crop2seg.simulated import sheet, write_simulated
+from crop2seg.training import train
 from crop2seg.transfer import as_sheet, cross_forest, deal_parcels, draw_parcels
 
 real = Path(__file__).parents[2]/'shared'/'real'
@@ -22,6 +26,21 @@ def test_absent_bands_are_nan():
     assert cube.band.values.tolist() == list(BANDS) and cube.clear.any()
     absent = cube.reflectance.isnull().all(('time', 'y', 'x')).values
     assert [b for b, a in zip(BANDS, absent) if a] == ['B02', 'B03', 'B04', 'B08']
+
+def test_a_map_without_the_bands_of_10_m(tmp_path):
+    legend = read_legend()
+    data = write_simulated(tmp_path/'sheets', seasons=1, fields=256, folds=1)
+    words = lambda *more: main([str(w) for w in more])
+    assert words('train', '--data', data, '--model', 'tempcnn', '--fold', 'none', '--epochs', 1, '--physics', 1, '--out', tmp_path/'run') == 0
+    assert words('map', '--source', real/'flanders_2019_20m'/'catalog.json', '--season', 2019, '--model', tmp_path/'run', '--out', tmp_path/'map') == 0
+    with rasterio.open(tmp_path/'map'/'crops.tif') as f: assert set(np.unique(f.read(1))) <= {*legend.classes, 255}
+
+def test_few_parcels_teach_and_spare(tmp_path):
+    place, sims = as_sheet(*read_bavaria(real/'bavaria_2018'/'fields_toa.csv')), [sheet(1, 64)]
+    data = write_simulated(tmp_path/'sheets', seasons=1, fields=256, folds=1)
+    run = train(data, tmp_path/'run', model='tempcnn', epochs=1, log=None)
+    table = few_shot(place, run, 1, sims=sims, epochs=2).set_index('model')
+    assert list(table.index) == ['before', 'tuned', 'forest'] and table.oa.between(0, 1).all()
 
 def test_bavaria_as_fields():
     cube, labels, ids = read_bavaria(real/'bavaria_2018'/'fields_toa.csv')
