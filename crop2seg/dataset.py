@@ -39,7 +39,7 @@ def normalise(
     mean, std = (np.asarray(stats[k], 'float32')[:, None, None] for k in ('mean', 'std'))
     return np.nan_to_num((x - mean) / std, nan=0.).astype('float32')
 
-# %% ../nbs/32_dataset.ipynb #34fb5b3e
+# %% ../nbs/32_dataset.ipynb #df3362af
 def turn(
     sample:dict, # Arrays whose last two axes are rows and columns, equally long
     quarter:int, # Quarter turns, 0 to 3
@@ -63,6 +63,11 @@ def shift(
         return out
     return {k: move(a, dict(x=np.nan, clear=False, labels=void)[k]) for k, a in sample.items()}
 
+def _varied(sample, void, rng): # Turned, mirrored and shifted by up to an eighth of the patch
+    far = sample['labels'].shape[0] // 8
+    turned = turn(sample, int(rng.integers(4)), bool(rng.integers(2)))
+    return shift(turned, *rng.integers(-far, far + 1, 2).tolist(), void)
+
 # %% ../nbs/32_dataset.ipynb #13e99271
 def drop_dates(
     count:int, # Number of dates
@@ -74,7 +79,7 @@ def drop_dates(
     if not stay.any(): stay[rng.integers(count)] = True
     return np.flatnonzero(stay)
 
-# %% ../nbs/32_dataset.ipynb #04f042ed
+# %% ../nbs/32_dataset.ipynb #bd3b4086
 MICRONS = np.array([BAND_TABLE.centre_nm[b]/1000 for b in BANDS], 'float32') # band centres
 BLIND = 'B02 B03 B04 B08'.split() # what a product of the 20 m bands alone lacks
 
@@ -93,20 +98,21 @@ def disturb(
     clear:Bool[np.ndarray, "T H W"], # Usable observations
     rng:np.random.Generator, # Source of randomness
     strength:float=1., # Times all errors; 0 changes nothing
-) -> tuple[Float[np.ndarray, "T C H W"], Int[np.ndarray, "T"], Bool[np.ndarray, "T H W"]]: # The same, as another place and sensor might show it
+) -> tuple[Float[np.ndarray, "T C H W"], Int[np.ndarray, "T"], Bool[np.ndarray, "T H W"]]: # As seen elsewhere
     "Errors of sensor and atmosphere, another timing, a shorter window, missing bands and dates."
     if not strength: return x, days, clear
-    x, days, keep = _errors(x, rng, strength), days + round(6*strength*float(rng.standard_normal())), rng.random(len(days)) > .7*rng.random()
+    x, days = _errors(x, rng, strength), days + round(6*strength*float(rng.standard_normal()))
+    keep = rng.random(len(days)) > .7*rng.random()
     if rng.random() < .4*strength: # the window opens late or closes early
         opens, closes = (rng.random(2) < .6)*rng.random(2)*[200, 130]
         keep &= (days >= opens - 31) & (days <= 430 - closes)
     if rng.random() < .25*strength: # bands are missing
-        lost = [BANDS.index(b) for b in BLIND] if rng.random() < .5 else rng.choice(x.shape[1], rng.integers(1, 4), False)
-        x[:, lost] = np.nan
+        blind = rng.random() < .5
+        x[:, [BANDS.index(b) for b in BLIND] if blind else rng.choice(x.shape[1], rng.integers(1, 4), False)] = np.nan
     seen = clear & keep[:, None, None]
     return x, days, seen if seen.any() else clear
 
-# %% ../nbs/32_dataset.ipynb #bba9c5a3
+# %% ../nbs/32_dataset.ipynb #859bb131
 class CropDataset(Dataset):
     "Patches of some folds: dict(x float32 T C H W, days int64 T, clear bool T H W, labels int64 H W, patch_id)."
     def __init__(self,
@@ -123,34 +129,31 @@ class CropDataset(Dataset):
         if self.index.empty:
             raise ValueError(f'{folder} has no patch in folds {folds}; it has folds 1 to {self.facts["folds"]}')
         self.folder, self.stats = Path(folder), stats or band_stats(folder, folds)
-        self.augment, self.temporal_dropout, self.physics, self.seed, self.epoch = augment, temporal_dropout, physics, seed, 0
-        self.void = self.facts['legend']['void']
+        self.augment, self.temporal_dropout, self.physics = augment, temporal_dropout, physics
+        self.seed, self.epoch, self.void = seed, 0, self.facts['legend']['void']
         if 'season_year' not in self.index: self.index['season_year'] = self.facts['season_year']
 
     def __len__(self): return len(self.index)
 
     def __getitem__(self, i):
         row, rng = self.index.iloc[i], np.random.default_rng((self.seed, self.epoch, i))
-        patch, days = read_patch(self.folder, row.patch_id), Season(int(row.season_year)).days(row.dates).astype('int64')
+        patch, days = read_patch(self.folder, row.patch_id), Season(int(row.season_year)).days(row.dates)
         stay = drop_dates(len(days), self.temporal_dropout, rng)
         sample = dict(x=from_int16(patch['series'][stay]), clear=patch['clear'][stay], labels=patch['labels'])
-        days = days[stay]
-        if self.augment: sample = self._vary(sample, rng)
+        days = days[stay].astype('int64')
+        if self.augment: sample = _varied(sample, self.void, rng)
         sample['x'], days, sample['clear'] = disturb(sample['x'], days, sample['clear'], rng, self.physics)
         sample |= dict(x=normalise(sample['x'], self.stats), days=days, labels=sample['labels'].astype('int64'))
         return {k: torch.from_numpy(np.array(a)) for k, a in sample.items()} | {'patch_id': row.patch_id}
 
-    def _vary(self, sample, rng): # Turn, mirror and shift by up to an eighth of the patch
-        far = sample['labels'].shape[0] // 8
-        return shift(turn(sample, int(rng.integers(4)), bool(rng.integers(2))), *rng.integers(-far, far + 1, 2).tolist(), self.void)
-
-# %% ../nbs/32_dataset.ipynb #f895ecdd
+# %% ../nbs/32_dataset.ipynb #4f7fbf04
 def collate(
     samples:list[dict], # From a `CropDataset`
-) -> dict: # x (B T C H W), days (B T), pad (B T) True where there is no date, clear (B T H W), labels (B H W), patch_id list
+) -> dict: # x (B T C H W), days, pad (B T), True where there is no date, clear (B T H W), labels (B H W), patch_id
     "Stack samples of different lengths, with an explicit `pad`."
     longest = max(len(s['days']) for s in samples)
     fill = lambda a: torch.cat([a, a.new_zeros(longest - len(a), *a.shape[1:])])
     batch = {k: torch.stack([fill(s[k]) for s in samples]) for k in ('x', 'days', 'clear')}
     pad = torch.stack([torch.arange(longest) >= len(s['days']) for s in samples])
-    return batch | dict(pad=pad, labels=torch.stack([s['labels'] for s in samples]), patch_id=[s['patch_id'] for s in samples])
+    labels = torch.stack([s['labels'] for s in samples])
+    return batch | dict(pad=pad, labels=labels, patch_id=[s['patch_id'] for s in samples])

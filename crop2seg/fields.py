@@ -54,8 +54,9 @@ def roofs(
     "Sealed surfaces, each its own mixture."
     return (rng.dirichlet(np.full(3, .8), n) @ BUILT*rng.lognormal(0, .2, (n, 1))).clip(.02, .6).astype('float32')
 
-# %% ../nbs/06_fields.ipynb #5cc5cbf1
-SHADE = dict(forest_needle=(.3, .55), forest_broadleaf=(.1, .35), orchard_tall=(.1, .3), orchard=(.05, .2), hops=(.05, .2), shrub=(.1, .3))
+# %% ../nbs/06_fields.ipynb #cd4f23d5
+SHADE = dict(forest_needle=(.3, .55), forest_broadleaf=(.1, .35), orchard_tall=(.1, .3), orchard=(.05, .2),
+             hops=(.05, .2), shrub=(.1, .3)) # light lost between crowns
 COVERS = ('volunteers', 'late_crop', 'catch_crop', 'hardy_cover', 'rapeseed', 'winter_cereal', 'weeds')
 
 def stand(
@@ -70,7 +71,8 @@ def stand(
     "Parcels and their daily course; ValueError for a crop without a calendar."
     names, n, shared = np.asarray(names), len(names), rng if region is None else region
     habits = {c: covers*np.exp(spread*shared.normal(-.5, 1.2)) for c in COVERS}
-    out = dict(petals=np.empty((n, 10), np.float32), shade=np.zeros(n, np.float32), late=np.zeros(n, np.float32), sealed_colour=roofs(n, rng))
+    out = dict(petals=np.empty((n, 10), np.float32), sealed_colour=roofs(n, rng))
+    out |= dict(shade=np.zeros(n, np.float32), late=np.zeros(n, np.float32))
     for crop in dict.fromkeys(names.tolist()):
         rows = np.flatnonzero(names == crop)
         parcels = calendar(crop, weather, rng, len(rows), habits)
@@ -81,20 +83,27 @@ def stand(
         out['late'][rows] = spread*(shared.normal(0, 4) + rng.normal(0, 3, len(rows)))
     return _vary(out, rng, shared, spread, np.unique(names, return_inverse=True)[1])
 
-# %% ../nbs/06_fields.ipynb #a2c63c9e
-def _vary(s, rng, shared, spread, crop): # What a region shares, what its parcels of a crop share, and what each has of its own
+# %% ../nbs/06_fields.ipynb #804ccad2
+def _vary(s, rng, shared, spread, crop): # What a region, its parcels of one crop, and each parcel have of their own
     n, kinds = len(crop), crop.max() + 1
-    def times(region, own): return np.exp(spread*(region*(shared.normal() + .7*shared.normal(size=(kinds, 1))[crop]) + own*rng.normal(size=(n, 1))))
-    share = lambda region, low, high: np.clip(spread*(shared.uniform(0, region) + rng.uniform(low, high, (n, 1))), 0, .5)
-    leaf, gaps, dead, weeds = times(.2, .15), share(.2, -.08, .12), share(.25, -.1, .15), spread*.1*np.exp(shared.normal(0, .6))*rng.lognormal(0, .7, (n, 1))
-    s |= dict(lai=s['lai']*leaf, green=s['green']*leaf, brown=s['brown'] + dead*shared.uniform(.5, 1.5), cover=s['cover']*(1 - gaps))
-    s |= dict(cab=s['cab']*times(.12, .08)*(1 - dead/2), cw=s['cw']*times(.2, .12)*(1 - dead/2), cm=s['cm']*times(.15, .1), n=s['n']*times(.05, .1))
-    s |= dict(ala=s['ala'] + spread*shared.normal(0, 4), under=np.maximum(s['under'], weeds), late=s['late'] + spread*shared.normal(0, 4))
+    def times(region, own): # factor around 1
+        common = shared.normal() + .7*shared.normal(size=(kinds, 1))[crop]
+        return np.exp(spread*(region*common + own*rng.normal(size=(n, 1))))
+    def share(region, low, high): # part of the pixel
+        return np.clip(spread*(shared.uniform(0, region) + rng.uniform(low, high, (n, 1))), 0, .5)
+    leaf, gaps, dead = times(.2, .15), share(.2, -.08, .12), share(.25, -.1, .15)
+    weeds = spread*.1*np.exp(shared.normal(0, .6))*rng.lognormal(0, .7, (n, 1))
+    s |= dict(lai=s['lai']*leaf, green=s['green']*leaf)
+    s |= dict(cover=s['cover']*(1 - gaps), under=np.maximum(s['under'], weeds))
+    s |= dict(brown=s['brown'] + dead*shared.uniform(.5, 1.5), cab=s['cab']*times(.12, .08)*(1 - dead/2))
+    s |= dict(cw=s['cw']*times(.2, .12)*(1 - dead/2), cm=s['cm']*times(.15, .1), n=s['n']*times(.05, .1))
+    s |= dict(ala=s['ala'] + spread*shared.normal(0, 4), late=s['late'] + spread*shared.normal(0, 4))
     s['shade'] = 1 - (1 - s['shade'])*times(.08, .07)[:, 0] # below 0: brighter than a level canopy
     return {k: v.astype('float32') for k, v in s.items()}
 
-# %% ../nbs/06_fields.ipynb #e94d4648
-LIMITS = dict(lai=(0, 8), under=(0, 8), ala=(20, 80), cab=(0, 90), cw=(0, .07), cm=(.001, .02), brown=(0, 1.5), n=(1, 2.6)) # of the canopy table
+# %% ../nbs/06_fields.ipynb #1cb2f847
+LIMITS = dict(lai=(0, 8), under=(0, 8), ala=(20, 80), cab=(0, 90), cw=(0, .07), cm=(.001, .02), brown=(0, 1.5),
+              n=(1, 2.6)) # of the canopy table
 LEAF = tuple(k for k in LIMITS if k not in ('lai', 'under'))
 GRASS = (55., 42., .014, .006, 0., 1.5) # leaves of weeds and of the grass between rows, in the order of LEAF
 
@@ -104,6 +113,9 @@ def _over(lai, leaf, floor, light): # Leaves over a floor, computed only where t
     if i.any(): out[i] = canopy(lai[i], *at[:6], floor[i], *at[6:], hotspot=.05)
     return out
 
+def _straw(ground): return .5*ground + .5*soil('straw', .3).astype('float32') # litter is seldom closed
+
+# %% ../nbs/06_fields.ipynb #d349adb5
 def render(
     states:dict, # From `stand`
     parcel:Int[np.ndarray, "N"], # Row of `states` each pixel belongs to
@@ -116,7 +128,8 @@ def render(
     azimuth:float|Float[np.ndarray, "T"]=90., # Between sun and satellite, degrees
 ) -> Float[np.ndarray, "N T 10"]: # Bottom-of-atmosphere reflectance, float32
     "Reflectance of pixels through the season; days outside DAYS repeat the first or last."
-    parcel, light = np.asarray(parcel), [np.asarray(v, np.float32) for v in (np.clip(sun, 20, 80), np.clip(view, 0, 12), azimuth)]
+    parcel, light = np.asarray(parcel), (np.clip(sun, 20, 80), np.clip(view, 0, 12), azimuth)
+    light = [np.asarray(v, np.float32) for v in light]
     day = np.asarray(days)[None] - np.rint(delay + states['late'][parcel])[:, None].astype(int) - DAYS[0]
     now = lambda k: np.clip(states[k][parcel[:, None], np.clip(day, 0, len(DAYS) - 1)], *LIMITS.get(k, (0, 1)))
     litter, cover, flower, sealed, water = (now(k)[..., None] for k in ('litter', 'cover', 'flower', 'sealed', 'water'))
@@ -124,8 +137,7 @@ def render(
     lai = np.clip(now('lai')*np.reshape(vigour, (-1, 1)), *LIMITS['lai'])
     top = _over(lai, [now(k) for k in LEAF], floor, light)
     top = (1 - flower)*top + flower*states['petals'][parcel][:, None]
-    low = np.exp(-.05*np.clip(np.tan(np.deg2rad(sun))/np.tan(np.deg2rad(40)) - 1, 0, 3), dtype=np.float32)[:, None] # shadows of clods, rows and plants
+    low = np.exp(-.05*np.clip(np.tan(np.deg2rad(sun))/np.tan(np.deg2rad(40)) - 1, 0, 3),
+                 dtype=np.float32)[:, None] # shadows of clods, rows and plants
     land = (cover*top + (1 - cover)*floor)*(1 - states['shade'][parcel])[:, None, None]*low
     return (1 - sealed - water).clip(0)*land + sealed*states['sealed_colour'][parcel][:, None] + water*WATER
-
-def _straw(ground): return .5*ground + .5*soil('straw', .3).astype('float32') # litter is seldom closed

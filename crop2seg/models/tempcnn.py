@@ -30,12 +30,12 @@ def laid(
     total = torch.einsum('bdt,btchw->bdchw', near, x*clear[:, :, None])
     return total/weight.clamp(min=1e-6)[:, :, None], weight
 
-# %% ../../nbs/48_models.tempcnn.ipynb #841c2f01
+# %% ../../nbs/48_models.tempcnn.ipynb #bcd9ce3a
 def filled(
     v:Float[Tensor, "N D C"], # Values on the clock
     seen:Bool[Tensor, "N D"], # Steps that have an observation
-) -> tuple[Float[Tensor, "N D C"], Bool[Tensor, "N D"], Float[Tensor, "N D"]]: # Without gaps, between two observations, steps to the nearest one
-    "Straight lines over the gaps of a series, its ends held; zeros if nothing was seen."
+) -> tuple[Float[Tensor, "N D C"], Bool[Tensor, "N D"], Float[Tensor, "N D"]]: # Line, inside, steps to the nearest
+    "Straight lines over the gaps of a series, its ends held, and what lies inside; zeros if nothing was seen."
     steps = torch.arange(seen.shape[1], device=v.device).expand(seen.shape)
     before = torch.where(seen, steps, -1).cummax(1).values
     after = torch.where(seen, steps, seen.shape[1]).flip(1).cummin(1).values.flip(1)
@@ -46,7 +46,19 @@ def filled(
     value = lambda i: v.gather(1, i[..., None].expand_as(v))
     return value(a)*(1 - share) + value(b)*share, inside, torch.minimum((steps - a).abs(), (b - steps).abs()).to(v)
 
-# %% ../../nbs/48_models.tempcnn.ipynb #8e03673b
+def _told(v, weight): # What the network sees of each step: the line, inside or not, weight, distance
+    line, inside, far = filled(v, weight > 0)
+    return torch.cat([line, torch.stack([inside.to(v), weight.clamp(max=3), far.clamp(max=9)/3], -1)], -1)
+
+# %% ../../nbs/48_models.tempcnn.ipynb #10c508e2
+def _pixels(x, days, pad, clear): # Pixels on the clock (N D C) and their weights (N D)
+    seen = (~pad)[:, :, None, None].expand(*x.shape[:2], *x.shape[3:])
+    if clear is not None: # a pixel never clear takes what there is
+        seen = torch.where((seen & clear).any(1, keepdim=True), seen & clear, seen)
+    mean, weight = laid(x, days, seen)
+    return rearrange(mean, 'b d c h w -> (b h w) d c'), rearrange(weight, 'b d h w -> (b h w) d')
+
+# %% ../../nbs/48_models.tempcnn.ipynb #dbc221f0
 class TempCNN(nn.Module):
     "Classify every pixel by its own season: x (B T C H W), days, pad (B T), clear (B T H W) -> logits (B K H W)."
     def __init__(self,
@@ -72,17 +84,10 @@ class TempCNN(nn.Module):
     def season(self, x:Float[Tensor, "N D C"]) -> Float[Tensor, "N K"]: # Pixels on the even clock
         h = self.enter(x.transpose(1, 2)) + self.place
         for conv, norm in zip(self.convs, self.norms): h = h + F.relu(norm(conv(h)))
-        found = torch.einsum('ngd,nfd->ngf', self.look(h).softmax(-1), h)
-        return self.head(self.join(found.flatten(1)))
+        return self.head(self.join(torch.einsum('ngd,nfd->ngf', self.look(h).softmax(-1), h).flatten(1)))
 
     def forward(self, x:Float[Tensor, "B T C H W"], days:Int[Tensor, "B T"], pad:Bool[Tensor, "B T"],
                 clear:Bool[Tensor, "B T H W"]|None=None) -> Float[Tensor, "B K H W"]:
-        seen = (~pad)[:, :, None, None].expand(*x.shape[:2], *x.shape[3:])
-        if clear is not None: seen = torch.where((seen & clear).any(1, keepdim=True), seen & clear, seen) # a pixel never clear takes what there is
-        mean, weight = laid(x, days, seen)
-        mean, weight = rearrange(mean, 'b d c h w -> (b h w) d c'), rearrange(weight, 'b d h w -> (b h w) d')
-        logits = []
-        for v, w in zip(*(a.split(len(a) if self.training else self.chunk) for a in (mean, weight))):
-            line, inside, far = filled(v, w > 0)
-            logits.append(self.season(torch.cat([line, torch.stack([inside.to(v), w.clamp(max=3), far.clamp(max=9)/3], -1)], -1)))
-        return rearrange(torch.cat(logits), '(b h w) k -> b k h w', b=len(x), h=x.shape[-2])
+        parts = (a.split(len(a) if self.training else self.chunk) for a in _pixels(x, days, pad, clear))
+        logits = torch.cat([self.season(_told(v, w)) for v, w in zip(*parts)])
+        return rearrange(logits, '(b h w) k -> b k h w', b=len(x), h=x.shape[-2])
