@@ -158,7 +158,7 @@ def _live(kind, p, t, weather): # Leaf before stress, and leaf that has ripened
         winter, most = p['lai_winter'], np.maximum(p['lai_max'], p['lai_winter'])
         return winter + (most - winter)*(up*(1 - down) + last), 4*(most - winter)*(up*down*(1 - down) + last*(1 - last))
     autumn = p['lai_autumn']*_step(t - p['emergence'] - p['autumn'], p['autumn']/5) if kind == 'winter' else 0.
-    age = np.clip((t - p['rising'])/(p['ripening'] - p['rising']), 0, 1)
+    age = np.clip((t - p['rising'])/np.maximum(p['ripening'] - p['rising'], 1), 0, 1)
     leaf = (autumn + (p['lai_max'] - autumn)*up)*(1 - p['decline']*age)
     down = _step(gained(weather.light if p['daylight'][0, 0] else 1.) - p['ripen'], p['ripen_width'])
     return leaf*(1 - down), leaf*down
