@@ -157,9 +157,10 @@ def protocol_note(
     seeds = sorted({r['training']['seed'] for r in about})
     honest = all(r['training']['select'] == 'last' for r in about)
     source = f", source {facts['source']}" if facts.get('source') else ''
+    blocks = f"blocks of {facts['block_m']:g} m" if facts['block_m'] else 'whole sheets'
     held_out = '; '.join(f"fold {k}, trained on {', '.join(map(str, v))}" for k, v in splits.items())
     return ' '.join([f"Data set {facts['name']} ({facts['fingerprint']}{source}), season {facts['season_year']}.",
-        f"Held out: {held_out}; blocks of {facts['block_m']:g} m; pixels pooled over held-out folds.",
+        f"Held out: {held_out}; {blocks}; pixels pooled over held-out folds.",
         f"Seed {', '.join(map(str, seeds))}; weights of the last epoch." if honest else
         "Weights of the epoch with the best score on the very fold that is scored, so the scores are optimistic.",
         f"{summary['pixels']} labelled pixels; void truth is left out, a prediction of void counts as an error.",

@@ -117,7 +117,7 @@ def _patch(s, rows): # Some fields of a sheet as a square
     square = lambda a: a[rows].reshape(EDGE, EDGE, *a.shape[1:])
     arrays = dict(series=square(to_int16(s['x']))[:, :, seen].transpose(2, 3, 0, 1), labels=square(s['labels']),
                   clear=square(s['clear'])[:, :, seen].transpose(2, 0, 1),
-                  parcels=square(np.arange(len(s['labels']), dtype='int32') + 1))
+                  parcels=square(s['parcels']))
     return {p: np.ascontiguousarray(arrays[p]) for p in PARTS}, s['days'][seen]
 
 def _facts(seed, name, place, days, arrays): # Row of the index
@@ -132,6 +132,7 @@ def _write(seed, folder, fields, without): # One sheet as patches; their rows of
     done = folder/'rows'/f'{seed:06d}.json'
     if done.exists(): return json.loads(done.read_text())
     s, facts = sheet(seed, fields, without), []
+    s['parcels'] = np.arange(fields, dtype='int32') + 1 + seed*fields # no two sheets share a field
     for k in range(fields//EDGE**2):
         (arrays, days), name = _patch(s, slice(k*EDGE**2, (k + 1)*EDGE**2)), f'{seed:06d}_{k}'
         for part in PARTS: np.save(folder/part/f'{name}.npy', arrays[part])
