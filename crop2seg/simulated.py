@@ -132,7 +132,7 @@ def _write(seed, folder, fields, without): # One sheet as patches; their rows of
     done = folder/'rows'/f'{seed:06d}.json'
     if done.exists(): return json.loads(done.read_text())
     s, facts = sheet(seed, fields, without), []
-    s['parcels'] = np.arange(fields, dtype='int32') + 1 + seed*fields # no two sheets share a field
+    s['parcels'] = ((np.arange(fields) + seed*fields) % (2**31 - 1) + 1).astype('int32') # no two sheets share a field
     for k in range(fields//EDGE**2):
         (arrays, days), name = _patch(s, slice(k*EDGE**2, (k + 1)*EDGE**2)), f'{seed:06d}_{k}'
         for part in PARTS: np.save(folder/part/f'{name}.npy', arrays[part])
