@@ -29,9 +29,11 @@ def area_table(
 ) -> pd.DataFrame: # class_id, name, hcat_code, pixels, hectares, share of what was seen; last row what was not seen
     "Area by class, as a count of pixels."
     ids = [i for i in legend.ids if i != legend.void or counts[i]]
-    rows = [dict(class_id=i, name=legend.names[legend.ids.index(i)], hcat_code=legend.hcat[legend.ids.index(i)], pixels=int(counts[i])) for i in ids]
+    rows = [dict(class_id=i, name=legend.names[legend.ids.index(i)],
+                 hcat_code=legend.hcat[legend.ids.index(i)], pixels=int(counts[i])) for i in ids]
     seen = sum(r['pixels'] for r in rows)
-    rows += [dict(class_id=UNSEEN, name='No observation', hcat_code='', pixels=int((counts.sum() if inside is None else inside) - seen))]
+    rows += [dict(class_id=UNSEEN, name='No observation', hcat_code='',
+                  pixels=int((counts.sum() if inside is None else inside) - seen))]
     table = pd.DataFrame(rows)
     table['hectares'] = table.pixels * pixel / 10_000
     table['share'] = (table.pixels / max(seen, 1)).where(table.class_id != UNSEEN).round(6)

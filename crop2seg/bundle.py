@@ -83,7 +83,8 @@ def web_raster(
             return v.read(1, masked=True), ((south, west), (north, east))
 
 # %% ../nbs/72_bundle.ipynb #0e28d04f
-LAYERS = {'Crops': 'crops', 'Confidence': 'confidence', 'Clear dates': 'observations'} # Title of each layer, and its raster
+# Title of each layer, and its raster
+LAYERS = {'Crops': 'crops', 'Confidence': 'confidence', 'Clear dates': 'observations'}
 
 @dataclass(frozen=True)
 class Overlay:
@@ -108,7 +109,8 @@ def overlay(
     if layer == 'crops': return Overlay(image_url(label_image(values.filled(UNSEEN), bundle.legend)), bounds, (0, 0))
     low, high = (0, 100) if layer == 'confidence' or not values.count() else (int(values.min()), int(values.max()))
     rgba = mpl.colormaps['viridis']((values.filled(low) - float(low)) / max(1, high - low), bytes=True)
-    return Overlay(image_url(np.where(np.ma.getmaskarray(values)[..., None], 0, rgba).astype('uint8')), bounds, (low, high))
+    return Overlay(image_url(np.where(np.ma.getmaskarray(values)[..., None], 0, rgba).astype('uint8')),
+                   bounds, (low, high))
 
 # %% ../nbs/72_bundle.ipynb #17b3477f
 def fit_zoom(

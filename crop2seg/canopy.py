@@ -52,7 +52,8 @@ def table() -> dict[str, np.ndarray]: # arrays of data/lut/canopy.npz, told one 
     "The canopy table; raises FileNotFoundError when it is not there."
     path = Path(data_dir())/'lut'/'canopy.npz'
     if not path.exists():
-        raise FileNotFoundError(f'no canopy table at {path}; take data/lut from the repository or run tools/make_lut.py')
+        raise FileNotFoundError(f'no canopy table at {path}; take data/lut from the '
+                                'repository or run tools/make_lut.py')
     return _read(path)
 
 # %% ../nbs/04_canopy.ipynb #2726ea1d
@@ -128,7 +129,8 @@ def _checked(values): # twelve parameters as float32, within the table; ValueErr
     values = [np.asarray(v, np.float32) for v in values]
     for name, (low, high), v in zip(table()['parameters'], table()['limits'], values):
         if v.size and not (low <= v.min() and v.max() <= high):
-            raise ValueError(f'{name} runs from {v.min():g} to {v.max():g} and the table from {low:g} to {high:g}; clip it')
+            raise ValueError(f'{name} runs from {v.min():g} to {v.max():g} and the table from {low:g} to {high:g}; '
+                             'clip it')
     return values
 
 # %% ../nbs/04_canopy.ipynb #16219ca0

@@ -54,36 +54,43 @@ def _simulate(args): # A season -> static catalog and truth
     if args.bbox:
         if args.origin: raise ValueError('a place is given by --bbox or by --origin; drop one of them')
         grid = grid_of(place_of(args))
-        where = dict(size=tuple(n + n % 2 for n in grid.shape), origin=(grid.affine.c, grid.affine.f), epsg=grid.crs.to_epsg())
+        where = dict(size=tuple(n + n % 2 for n in grid.shape), origin=(grid.affine.c, grid.affine.f),
+                     epsg=grid.crs.to_epsg())
     told = lambda share: print(f'\r{share:4.0%} of the season', end='', file=sys.stderr, flush=True)
-    out = simulate(args.out, args.season, dates=args.dates or None, parcels=args.parcels, cloudy=args.cloudy, baseline=args.baseline, seed=args.seed,
-                   region=args.region, max_cloud=args.max_cloud, edges=args.edges, progress=told if sys.stderr.isatty() else None, **where)
+    out = simulate(args.out, args.season, dates=args.dates or None, parcels=args.parcels,
+                   cloudy=args.cloudy, baseline=args.baseline, seed=args.seed,
+                   region=args.region, max_cloud=args.max_cloud, edges=args.edges,
+                   progress=told if sys.stderr.isatty() else None, **where)
     print(f'simulated season: {out}')
 
 # %% ../nbs/71_cli.ipynb #6413a7fe
 def _cube(args): # Place and season -> Zarr cube and its ledger
     "Build the cube of a place and season, with its ledger."
     from crop2seg.pipeline import make_cube
-    make_cube(args.source, args.out, place_of(args), season_of_args(args), margin=args.cloud_margin, least=args.min_clear, overwrite=args.overwrite)
+    make_cube(args.source, args.out, place_of(args), season_of_args(args), margin=args.cloud_margin,
+              least=args.min_clear, overwrite=args.overwrite)
 
 def _dataset(args): # Cube and labels -> patches
     "Cut labelled patches out of a cube, or simulate fields."
     from crop2seg.pipeline import make_dataset
     if args.simulated: return _sheets(args)
-    make_dataset(args.source, args.out, args.parcels, args.labels, args.column, args.complete, place_of(args), season_of_args(args),
+    make_dataset(args.source, args.out, args.parcels, args.labels, args.column, args.complete,
+                 place_of(args), season_of_args(args),
                  size=args.size, block=args.block, folds=args.folds, labelled=args.min_labelled, seed=args.seed)
 
 def _sheets(args): # Nothing -> patches of simulated fields
     from crop2seg.output import ready
     from crop2seg.simulated import write_simulated
-    given = [f'--{k}' for k in ('source', 'parcels', 'labels', 'bbox', 'aoi', 'season', 'start', 'end') if getattr(args, k) not in (None, 'sample')]
+    given = [f'--{k}' for k in ('source', 'parcels', 'labels', 'bbox', 'aoi', 'season', 'start', 'end')
+             if getattr(args, k) not in (None, 'sample')]
     if given: raise ValueError(f'--simulated makes up its own fields; drop {given[0]}')
     print(f'sheets in {write_simulated(ready(args.out), args.simulated, args.fields, args.seed, args.folds, workers=args.workers)}')
 
 def _map(args): # Source and model -> bundle
     "Map the crops of a place and season."
     from crop2seg.pipeline import map_crops
-    map_crops(args.source, args.out, args.model, place_of(args), season_of_args(args), args.overwrite, window=args.window, overlap=args.overlap)
+    map_crops(args.source, args.out, args.model, place_of(args), season_of_args(args),
+              args.overwrite, window=args.window, overlap=args.overlap)
 
 # %% ../nbs/71_cli.ipynb #8a423731
 def _train(args): # Patches -> run folder(s)
@@ -97,23 +104,27 @@ def _train(args): # Patches -> run folder(s)
     for fold in folds:
         where = out/f'fold{fold}' if which == 'all' else out
         print(f'training {fields["model"]}' + (f', fold {fold} held out' if fold else ' on all folds'))
-        train(args.data, where, valid_fold=fold, resume=where.exists() and not args.overwrite, overwrite=args.overwrite, **fields)
+        train(args.data, where, valid_fold=fold, resume=where.exists() and not args.overwrite,
+              overwrite=args.overwrite, **fields)
     print(f'run folder: {out}')
 
 # %% ../nbs/71_cli.ipynb #c7172bd8
 def _fields(args): # Fields of the recipe: those that were given, on top of the usual ones
     from crop2seg.training import tuned
-    given = {k: v for k in ('epochs', 'batch_size', 'lr', 'seed', 'temporal_dropout', 'physics', 'tune', 'keep') if (v := getattr(args, k)) is not None}
+    given = {k: v for k in ('epochs', 'batch_size', 'lr', 'seed', 'temporal_dropout', 'physics', 'tune', 'keep')
+             if (v := getattr(args, k)) is not None}
     given |= (more := _json('--recipe', args.recipe, '{"smoothing": 0.05}'))
     if odd := set(more) - (known := {'wd', 'clip', 'augment', 'loss', 'class_weights', 'smoothing', 'select'}):
         raise ValueError(f'--recipe takes no {", ".join(sorted(odd))}; it takes {", ".join(sorted(known))}')
     if not args.start_from: return dict(model=args.model or 'timeunet', model_args=_architecture(args)) | given
-    if args.model or args.model_args != '{}': raise ValueError(f'--from {args.start_from} brings its architecture along; drop --model and --model-args')
+    if args.model or args.model_args != '{}':
+        raise ValueError(f'--from {args.start_from} brings its architecture along; drop --model and --model-args')
     return tuned(args.start_from, **given)
 
 def _json(option, text, example): # A JSON object that an option holds
     try: value = json.loads(text)
-    except json.JSONDecodeError as e: raise ValueError(f'{option} {text} is not JSON ({e}); write it as {example}') from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{option} {text} is not JSON ({e}); write it as {example}') from e
     if not isinstance(value, dict): raise ValueError(f'{option} {text} must be a JSON object; write it as {example}')
     return value
 
@@ -122,7 +133,8 @@ def _architecture(args): # Arguments of the network, tried before anything is wr
     name = args.model or 'timeunet'
     options = _json('--model-args', args.model_args, '{"widths": [16, 16, 32]}')
     if {'n_classes', 'n_bands'} & set(options):
-        raise ValueError(f'--model-args {args.model_args} must be a JSON object without n_classes and n_bands, which the data decide')
+        raise ValueError(f'--model-args {args.model_args} must be a JSON object without n_classes and '
+                         'n_bands, which the data decide')
     try: build(name, n_classes=2, n_bands=2, **options)
     except (TypeError, RuntimeError) as e:
         raise ValueError(f'--model-args {args.model_args} do not make a {name} ({e})') from e
@@ -140,12 +152,14 @@ def _evaluate(args): # Run folder(s) -> scores
 def _app(args): # Bundle -> dashboard
     "Serve the map explorer for a bundle."
     if args.bundle and not (Path(args.bundle)/'run.json').exists():
-        raise FileNotFoundError(f'{args.bundle} holds no bundle; make one with make map, or crop2seg map --out {args.bundle}')
+        raise FileNotFoundError(f'{args.bundle} holds no bundle; make one with make map, or '
+                                f'crop2seg map --out {args.bundle}')
     here = Path(__file__).parent
     page = next(p for p in (here/'app.ipynb', here.parent/'nbs'/'app.ipynb') if p.exists()) # in a wheel, in a checkout
     show = [] if args.no_browser else ['--show']
     bundle = {'CROP2SEG_BUNDLE': str(Path(args.bundle).absolute())} if args.bundle else {}
-    subprocess.run([sys.executable, '-m', 'panel', 'serve', str(page), '--port', str(args.port), *show], env=os.environ | bundle, check=True)
+    subprocess.run([sys.executable, '-m', 'panel', 'serve', str(page), '--port', str(args.port), *show],
+                   env=os.environ | bundle, check=True)
 
 # %% ../nbs/71_cli.ipynb #133a1084
 def _number(kind, least, most=float('inf')): # A number in a range, for argparse
@@ -186,11 +200,15 @@ def _dataset_options(add):
     add('--parcels', help='vector file of declared parcels'); add('--labels', help='raster of class ids')
     add('--column', default='class_id', help='column of the parcels that holds the class')
     add('--complete', action='store_true', help='the parcels are a complete register: land outside is Background')
-    add('--size', type=_number(int, 1, 4096), default=128, help='edge of a patch, pixels'); add('--folds', type=_number(int, 1, 1000), default=5, help='spatial folds')
-    add('--block', type=_number(float, 1), default=10_000, help='edge of a spatial block, metres'); add('--seed', type=_number(int, 0, 2**31), default=0, help='order of blocks')
+    add('--size', type=_number(int, 1, 4096), default=128, help='edge of a patch, pixels')
+    add('--folds', type=_number(int, 1, 1000), default=5, help='spatial folds')
+    add('--block', type=_number(float, 1), default=10_000, help='edge of a spatial block, metres')
+    add('--seed', type=_number(int, 0, 2**31), default=0, help='order of blocks')
     add('--min-labelled', type=_number(float, 0, 1), default=.05, help='least labelled share of a patch')
-    add('--simulated', type=_number(int, 1, 10**6), help='so many sheets of simulated fields instead of a source; --seed numbers the first')
-    add('--fields', type=_number(int, 1, 10**6), default=1024, help='of a simulated sheet, a multiple of 256'); add('--workers', type=_number(int, 1, 256), default=1, help='processes that simulate')
+    add('--simulated', type=_number(int, 1, 10**6),
+        help='so many sheets of simulated fields instead of a source; --seed numbers the first')
+    add('--fields', type=_number(int, 1, 10**6), default=1024, help='of a simulated sheet, a multiple of 256')
+    add('--workers', type=_number(int, 1, 256), default=1, help='processes that simulate')
 
 # %% ../nbs/71_cli.ipynb #8bb1e55e
 def _fold(text): return text if text in ('all', 'none') else int(text) # A fold of train

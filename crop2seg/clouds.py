@@ -49,7 +49,8 @@ def clear_share(
     "Share of the place, as far as the source covers it, that was seen on each date, from the scene classification."
     covered = (cube.scl != 0).any('time')
     share = _clear_scl(cube, margin).sum(('y', 'x')) / covered.sum().clip(1)
-    with TqdmCallback(tqdm_class=tqdm, desc='scene classes', disable=None): return share.compute() # a bar on terminals only
+    with TqdmCallback(tqdm_class=tqdm, desc='scene classes', disable=None):
+        return share.compute() # a bar on terminals only
 
 def drop_cloudy(
     cube:xr.Dataset, # With a time axis
@@ -58,7 +59,8 @@ def drop_cloudy(
 ) -> xr.Dataset: # Fewer dates
     "Leave out the dates of which too little is clear; ValueError if none is left."
     if not (keep := (share >= least).values).any():
-        raise ValueError(f'no date is at least {least:.0%} clear (the best is {float(share.max()):.0%}); lower the threshold or widen the season')
+        raise ValueError(f'no date is at least {least:.0%} clear (the best is {float(share.max()):.0%}); '
+                         'lower the threshold or widen the season')
     return cube.isel(time=keep)
 
 # %% ../nbs/13_clouds.ipynb #f008d627

@@ -55,12 +55,14 @@ def _footprint(item, bands): # Left, bottom, right, top of a scene in its own pr
     return left, top + e * rows, left + a * columns, top
 
 # %% ../nbs/12_cube.ipynb #f999bc49
-class _Reader(RioReader): # A reader for which 0 is missing, whatever the file says, and that names a file it cannot read
+# A reader for which 0 is missing, whatever the file says, and that names a file it cannot read
+class _Reader(RioReader):
     def read(self, cfg, *args, **kwargs):
         try: return super().read(replace(cfg, src_nodata_override=0), *args, **kwargs)
         except rasterio.errors.RasterioError as e:
             name = self._src.uri.split('?')[0] # without the signature of a signed address
-            raise ValueError(f'{name} cannot be read ({e.__cause__ or e}); fetch it again, or leave its scene out of the catalog') from e
+            raise ValueError(f'{name} cannot be read ({e.__cause__ or e}); '
+                             'fetch it again, or leave its scene out of the catalog') from e
 
 class _ZeroIsMissing(RioDriver): # odc-stac's own driver with that reader
     def open(self, src, ctx): return _Reader(src, ctx)
@@ -100,10 +102,12 @@ def load_cube(
 
 def _load_same(items, grid, bands, offset, chunk): # A cube of scenes that share one offset
     raw = odc.stac.load([_plain(i, bands) for i in items], bands=[*bands, 'SCL'], geobox=grid, nodata=0,
-                        groupby=lambda item, parsed, index: solar_day(item), chunks={'time': 1, 'x': chunk, 'y': chunk}, driver=_ZeroIsMissing(),
+                        groupby=lambda item, parsed, index: solar_day(item),
+                        chunks={'time': 1, 'x': chunk, 'y': chunk}, driver=_ZeroIsMissing(),
                         dtype='uint16', resampling={'SCL': 'nearest', '*': 'cubic'})
     dn = raw[list(bands)].to_array('band').transpose('time', 'band', 'y', 'x')
-    boa = xr.apply_ufunc(reflectance, dn, kwargs={'offset': offset}, dask='parallelized', output_dtypes=['float32']).clip(-_LIMIT, _LIMIT)
+    boa = xr.apply_ufunc(reflectance, dn, kwargs={'offset': offset}, dask='parallelized',
+                         output_dtypes=['float32']).clip(-_LIMIT, _LIMIT)
     days = pd.DatetimeIndex(sorted({solar_day(i) for i in items}))
     return xr.Dataset({'reflectance': boa, 'scl': raw.SCL.astype('uint8')}).assign_coords(time=days, offset=('time', [offset] * len(days)))
 
@@ -120,7 +124,8 @@ def save_cube(
     sizes = {'time': 8, 'band': -1, 'y': 256, 'x': 256}
     tidy = cube.drop_encoding().chunk({d: sizes[d] for d in cube.dims})
     coded = {'reflectance': {'dtype': 'int16', 'scale_factor': SCALE, '_FillValue': NODATA}}
-    with TqdmCallback(tqdm_class=tqdm, desc='reflectance  ', disable=None), whole(path) as part: # a bar on terminals only
+    # a bar on terminals only
+    with TqdmCallback(tqdm_class=tqdm, desc='reflectance  ', disable=None), whole(path) as part:
         tidy.to_zarr(part, encoding=coded, zarr_format=3, consolidated=False)
     return path
 
@@ -134,4 +139,5 @@ def open_cube(
     except (FileNotFoundError, KeyError, ValueError) as e:
         raise ValueError(f'{path} is not a cube ({e}); make one with crop2seg cube') from e
     if not {'reflectance', 'scl'} <= set(cube): raise ValueError(f'{path} is not a cube: it lacks reflectance or scl')
-    return cube.assign(reflectance=xr.apply_ufunc(from_int16, cube.reflectance, keep_attrs=False, dask='parallelized', output_dtypes=['float32']))
+    return cube.assign(reflectance=xr.apply_ufunc(from_int16, cube.reflectance, keep_attrs=False,
+                                                  dask='parallelized', output_dtypes=['float32']))

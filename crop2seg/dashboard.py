@@ -30,7 +30,8 @@ from .cube import open_cube
 _swatch = '<i class="swatch" style="background:{}"></i>'.format # A patch of colour
 
 _meaning = {'confidence': (' %', 'Probability that the model gives to the class shown'),
-            'observations': (' clear dates', 'Dates on which a pixel was seen without cloud')} # Unit and words of each ramp
+            'observations': (' clear dates',
+                             'Dates on which a pixel was seen without cloud')} # Unit and words of each ramp
 
 def legend_html(
     bundle:Bundle, # A finished map
@@ -66,7 +67,8 @@ def profile_chart(
     faint = cloudy.scatter(**common, color='#999', marker='x', size=50)
     chart = faint * clear.line(**common, color='#43a047', line_width=2) * clear.scatter(**common, color='#43a047', size=45)
     ends = profile.date.min() - pd.Timedelta(days=7), profile.date.max() + pd.Timedelta(days=7)
-    return chart.opts(xlim=ends, ylim=(-.2, 1.05), xformatter=DatetimeTickFormatter(months='%b\n%Y', days='%d %b'), xticks=6, show_grid=True, toolbar=None)
+    return chart.opts(xlim=ends, ylim=(-.2, 1.05), xformatter=DatetimeTickFormatter(months='%b\n%Y', days='%d %b'),
+                      xticks=6, show_grid=True, toolbar=None)
 
 def profile_table(
     profile:pd.DataFrame, # From `pixel_profile`
@@ -101,7 +103,8 @@ def read_position(
 # %% ../nbs/80_dashboard.ipynb #c009c54c
 @functools.cache
 def _leaflet(): # The map's script as a data URL; the rest of the address that is asked for falls behind the '#'
-    files = [f for f in distribution('jupyter-leaflet').files if f.as_posix().endswith('nbextensions/jupyter-leaflet/index.js')]
+    files = [f for f in distribution('jupyter-leaflet').files
+             if f.as_posix().endswith('nbextensions/jupyter-leaflet/index.js')]
     return f'data:text/javascript;base64,{base64.b64encode(files[0].locate().read_bytes()).decode()}#'
 
 class LeafletPane(pn.pane.IPyLeaflet):
@@ -129,9 +132,12 @@ def leaflet_map(
     "A map without a background, ready for an image."
     (south, west), (north, east) = bounds
     image = ipyleaflet.ImageOverlay(url='', bounds=bounds, attribution=html.escape(credit))
-    ring = ipyleaflet.CircleMarker(location=bounds[0], radius=8, color='#111', weight=3, fill_color='#fff', fill_opacity=.6, stroke=False, fill=False)
-    view = ipyleaflet.Map(center=((south + north) / 2, (west + east) / 2), zoom=fit_zoom(bounds, 480, 420), zoom_snap=.1, max_zoom=20,
-                          layers=(image, ring), scroll_wheel_zoom=True, layout=dict(height='clamp(280px, min(66vh, 100vw), 760px)', width='100%'))
+    ring = ipyleaflet.CircleMarker(location=bounds[0], radius=8, color='#111', weight=3,
+                                   fill_color='#fff', fill_opacity=.6, stroke=False, fill=False)
+    view = ipyleaflet.Map(center=((south + north) / 2, (west + east) / 2),
+                          zoom=fit_zoom(bounds, 480, 420), zoom_snap=.1, max_zoom=20,
+                          layers=(image, ring), scroll_wheel_zoom=True,
+                          layout=dict(height='clamp(280px, min(66vh, 100vw), 760px)', width='100%'))
     view.add(ipyleaflet.ScaleControl(position='topright', imperial=False))
     return view, image, ring
 
@@ -156,7 +162,8 @@ def _text(words=''): # HTML that takes its colours from the page
     return pn.pane.HTML(words, stylesheets=[_style], sizing_mode='stretch_width', margin=(4, 0))
 
 # %% ../nbs/80_dashboard.ipynb #e2da3719
-vars(param.parameterized).update(docstring_signature=False, docstring_describe_params=False) # plain docstrings for the site
+# plain docstrings for the site
+vars(param.parameterized).update(docstring_signature=False, docstring_describe_params=False)
 
 class CropExplorer(pn.viewable.Viewer):
     "A crop map to look into; `bundle` is a folder, None takes `bundle_path()`."
@@ -176,7 +183,8 @@ class CropExplorer(pn.viewable.Viewer):
         self.season = pn.Column(sizing_mode='stretch_width')
         self.map.observe(self._fit, 'pixel_bounds')
         self.map.on_interaction(self._clicked)
-        for act, name in ((self._draw, 'layer'), (self._fade, 'opacity'), (self._look, 'position')): self.param.watch(act, name)
+        for act, name in ((self._draw, 'layer'), (self._fade, 'opacity'), (self._look, 'position')):
+            self.param.watch(act, name)
 
     def __panel__(self): return _layout(self) if self.bundle else _excuse(self.problem)
     def _fade(self, _): self.image.opacity = self.opacity
@@ -208,17 +216,23 @@ def _look(self:CropExplorer, _):
     except (OSError, ValueError) as e: self.said.object = _sentence(e); return
     try: profile = pixel_profile(open_cube(self.bundle.folder/self.bundle.run['cube']), lon, lat)
     except (OSError, ValueError) as e: self.season[:] = [_text(_sentence(e))]; return
-    self.season[:] = [pn.pane.HoloViews(profile_chart(profile), sizing_mode='stretch_width'), _text(profile_table(profile))]
+    self.season[:] = [pn.pane.HoloViews(profile_chart(profile), sizing_mode='stretch_width'),
+                      _text(profile_table(profile))]
 
 # %% ../nbs/80_dashboard.ipynb #49146ccd
 def _layout(explorer): # Map and choices, then season and legend; one below the other on a phone
     run, part = explorer.bundle.run, lambda basis, *things: pn.Column(*things, styles={'flex': basis, 'min-width': 'min(100%, 300px)'}, margin=(0, 0))
-    choices = pn.FlexBox(pmui.RadioButtonGroup.from_param(explorer.param.layer, size='small', description='', width=280, margin=(4, 0), sx={'& button': {'whiteSpace': 'nowrap'}}),
+    choices = pn.FlexBox(pmui.RadioButtonGroup.from_param(explorer.param.layer, size='small', description='', width=280,
+                                                          margin=(4, 0), sx={'& button': {'whiteSpace': 'nowrap'}}),
                          pmui.FloatSlider.from_param(explorer.param.opacity, size='small', description='', format='0%', width=200, margin=(4, 0)), gap='0px 32px')
     facts = (f'Season {run["season_year"]}: {len(run["dates"])} dates from {run["dates"][0]} to {run["dates"][-1]}, model {run["model"]["name"]}. Source: {run["source"]}.')
-    left = part('3 1 460px', choices, LeafletPane(explorer.map, sizing_mode='stretch_width', margin=(4, 0), stylesheets=[_frame]))
-    right = part('2 1 340px', pmui.TextInput.from_param(explorer.param.position, size='small', description='', placeholder='50.8121, 3.0456', sizing_mode='stretch_width', margin=(12, 0)),
-                 explorer.said, explorer.season, _text('<h2>Legend</h2>'), explorer.key, _text(f'<p class="note">{html.escape(facts)}</p>'))
+    left = part('3 1 460px', choices,
+                LeafletPane(explorer.map, sizing_mode='stretch_width', margin=(4, 0), stylesheets=[_frame]))
+    right = part('2 1 340px',
+                 pmui.TextInput.from_param(explorer.param.position, size='small', description='',
+                                           placeholder='50.8121, 3.0456', sizing_mode='stretch_width', margin=(12, 0)),
+                 explorer.said, explorer.season, _text('<h2>Legend</h2>'), explorer.key,
+                 _text(f'<p class="note">{html.escape(facts)}</p>'))
     return pn.FlexBox(left, right, gap='8px 24px', align_items='flex-start', sizing_mode='stretch_width')
 
 def _excuse(problem): # What to do when there is no map
@@ -229,7 +243,9 @@ def _excuse(problem): # What to do when there is no map
 def page(self:CropExplorer) -> pmui.Page: # To be served
     "The whole page."
     look = [{'palette': {'primary': {'main': c}}, 'typography': {'button': {'textTransform': 'none'}},
-             'components': {'MuiAppBar': {'styleOverrides': {'root': {'backgroundColor': '#1b5e20 !important'}}}}} for c in ('#2e7d32', '#81c784')]
+             'components': {'MuiAppBar': {'styleOverrides': {'root': {'backgroundColor': '#1b5e20 !important'}}}}}
+            for c in ('#2e7d32', '#81c784')]
     title = f'crop2seg · crops of {self.bundle.run["season_year"]}' if self.bundle else 'crop2seg'
     return pmui.Page(title=title, main=[pn.Column(self, sizing_mode='stretch_width', margin=(12, 16))],
-                     theme_config=dict(zip(('light', 'dark'), look)), meta_description='A crop map and the season of each pixel')
+                     theme_config=dict(zip(('light', 'dark'), look)),
+                     meta_description='A crop map and the season of each pixel')

@@ -58,7 +58,8 @@ def pixel_features(
     patch = read_patch(folder, row.patch_id)
     x, clear = rearrange(patch['series'], 't c h w -> t c (h w)'), rearrange(patch['clear'], 't h w -> t (h w)')
     if pixels is not None: x, clear = x[..., pixels], clear[:, pixels]
-    return monthly_medians(np.where(x == NODATA, np.nan, x*np.float32(SCALE)), Season(int(getattr(row, 'season_year', year))).days(row.dates), clear)
+    return monthly_medians(np.where(x == NODATA, np.nan, x*np.float32(SCALE)),
+                           Season(int(getattr(row, 'season_year', year))).days(row.dates), clear)
 
 def fit_forest(
     folder:Path, # Patch data set
@@ -96,7 +97,8 @@ def group_runs(
         check_held_out(run, path)
         fold = run['training']['valid_fold']
         if fold in rows.setdefault(name, {}):
-            raise ValueError(f"{rows[name][fold]} and {path} both hold out fold {fold}; score them under different names")
+            raise ValueError(f"{rows[name][fold]} and {path} both hold out fold {fold}; "
+                             "score them under different names")
         rows[name][fold] = Path(path)
         recipe = {k: run['training'].get(k) for k in SHARED} | run['model']
         if recipes.setdefault(name, recipe) != recipe:
@@ -221,8 +223,10 @@ def evaluate(
         predictions = {k: predict_patches(p, folder, [k], batch_size, device) for k, p in folds.items()}
         tallies[name] = {k: tally_patches(p, folder, legend) for k, p in predictions.items()}
     if baseline:
-        forests = {k: fit_forest(folder, v, max_pixels, about[0]['training']['seed'], n_jobs) for k, v in splits.items()}
-        tallies['random forest'] = {k: tally_patches(forest_patches(f, folder, [k]), folder, legend) for k, f in forests.items()}
+        forests = {k: fit_forest(folder, v, max_pixels, about[0]['training']['seed'], n_jobs)
+                   for k, v in splits.items()}
+        tallies['random forest'] = {k: tally_patches(forest_patches(f, folder, [k]), folder, legend)
+                                    for k, f in forests.items()}
     return collect(tallies, facts, splits, about, shared_parcels(folder, splits), out)
 
 # %% ../nbs/53_evaluate.ipynb #c33c7959

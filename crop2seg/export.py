@@ -40,8 +40,10 @@ def strips(
     nodata:int, # Value of pixels without an answer
 ) -> rasterio.io.DatasetWriter: # Open; close it when all rows are there
     "An empty GeoTIFF on a grid, to be filled strip by strip."
-    return rasterio.open(path, 'w', driver='GTiff', width=grid.shape.x, height=grid.shape.y, count=1, dtype=dtype, nodata=nodata,
-                         crs=grid.crs.to_wkt(), transform=grid.affine, compress='deflate', tiled=True, bigtiff='if_safer')
+    return rasterio.open(path, 'w', driver='GTiff', width=grid.shape.x, height=grid.shape.y,
+                         count=1, dtype=dtype, nodata=nodata,
+                         crs=grid.crs.to_wkt(), transform=grid.affine, compress='deflate',
+                         tiled=True, bigtiff='if_safer')
 
 def append(
     raster:rasterio.io.DatasetWriter, # From `strips`
@@ -67,7 +69,8 @@ def finish(
     rasterio.shutil.copy(temporary, frame, driver='VRT')
     if legend: frame.write_text(_named(frame.read_text(), legend))
     with whole(path) as part:
-        rasterio.shutil.copy(frame, part, driver='COG', compress='deflate', overview_resampling=overviews, bigtiff='if_safer')
+        rasterio.shutil.copy(frame, part, driver='COG', compress='deflate',
+                             overview_resampling=overviews, bigtiff='if_safer')
         if (names := Path(f'{part}.aux.xml')).exists(): os.replace(names, f'{path}.aux.xml')
     for old in (temporary, frame, Path(f'{temporary}.aux.xml')): old.unlink(missing_ok=True)
     return path

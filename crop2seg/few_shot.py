@@ -31,9 +31,11 @@ def ask(
     def predict(x, days, clear):
         x = normalise(np.asarray(x, 'float32').transpose(1, 2, 0)[..., None, :], facts['stats'])
         days, clear = torch.from_numpy(np.asarray(days, 'int64'))[None], torch.from_numpy(clear.T[:, None].copy())
-        part = lambda i: (torch.from_numpy(x[..., i])[None], days, torch.zeros_like(days, dtype=torch.bool), clear[..., i][None])
+        part = lambda i: (torch.from_numpy(x[..., i])[None], days, torch.zeros_like(days, dtype=torch.bool),
+                          clear[..., i][None])
         pieces = [slice(i, i + chunk) for i in range(0, x.shape[-1], chunk)]
-        with torch.inference_mode(): return np.concatenate([model(*part(i)).softmax(1)[0, :, 0].T.numpy() for i in pieces])
+        with torch.inference_mode():
+            return np.concatenate([model(*part(i)).softmax(1)[0, :, 0].T.numpy() for i in pieces])
     return predict
 
 # %% ../nbs/55_few_shot.ipynb #f228e5e4
@@ -52,14 +54,19 @@ def sheet_patch(
     rank = pd.Series(place['ids'][order]).groupby(place['ids'][order]).cumcount().to_numpy()
     taught = order[few[order] & (rank < most)][:n*3//4]
     rows = np.r_[taught, order[~few[order]]][:n]
-    fill = lambda a, value: np.r_[a, np.full((n - len(a), *a.shape[1:]), value, a.dtype)].reshape(edge, edge, *a.shape[1:])
+    fill = lambda a, value: np.r_[a, np.full((n - len(a), *a.shape[1:]), value,
+                                             a.dtype)].reshape(edge, edge, *a.shape[1:])
     x, clear = fill(place['x'][rows].astype('float32'), np.nan), fill(place['clear'][rows], False)
     labels = fill(np.where(few[rows], place['labels'][rows], legend.void).astype('uint8'), legend.void)
-    grid = GeoBox.from_bbox((600_000, 5_000_000, 600_000 + 10*edge, 5_000_000 + 10*edge), crs='EPSG:32632', resolution=10, tight=True)
+    grid = GeoBox.from_bbox((600_000, 5_000_000, 600_000 + 10*edge, 5_000_000 + 10*edge),
+                            crs='EPSG:32632', resolution=10, tight=True)
     when = np.datetime64(f'{year - 1}-09-01') + np.asarray(place['days']).astype('timedelta64[D]')
-    cube = xr.Dataset(dict(reflectance=(('time', 'band', 'y', 'x'), x.transpose(2, 3, 0, 1)), clear=(('time', 'y', 'x'), clear.transpose(2, 0, 1))),
-                      dict(time=when.astype('datetime64[ns]'), band=list(BANDS)) | xr_coords(grid), attrs=dict(season_year=year))
-    return write_dataset(cube, labels, fill(place['ids'][rows].astype('int32'), 0), out, legend, year, edge, block=10*edge, folds=1, labelled=0.)
+    cube = xr.Dataset(dict(reflectance=(('time', 'band', 'y', 'x'), x.transpose(2, 3, 0, 1)),
+                           clear=(('time', 'y', 'x'), clear.transpose(2, 0, 1))),
+                      dict(time=when.astype('datetime64[ns]'), band=list(BANDS)) | xr_coords(grid),
+                      attrs=dict(season_year=year))
+    return write_dataset(cube, labels, fill(place['ids'][rows].astype('int32'), 0), out,
+                         legend, year, edge, block=10*edge, folds=1, labelled=0.)
 
 # %% ../nbs/55_few_shot.ipynb #39413ccf
 def recall(
@@ -110,7 +117,8 @@ def few_shot(
         data = sheet_patch(place, few, Path(tmp)/'few', seed=seed)
         run = train(data, Path(tmp)/'run', log=None, progress=False, device='cpu', seed=seed, **tuned(start, **given))
         models = dict(before=ask(start), tuned=ask(run), forest=fit_sheet(place, few, seed, by='dates'))
-    rows = {name: examine(m, place, rest, silent, sims if name != 'forest' else [], taught) for name, m in models.items()}
+    rows = {name: examine(m, place, rest, silent, sims if name != 'forest' else [], taught)
+            for name, m in models.items()}
     return pd.DataFrame(rows).T.rename_axis('model').reset_index().assign(k=k, seed=seed, withheld=withhold, parcels=len(set(place['ids'][few])))
 
 # %% ../nbs/55_few_shot.ipynb #c376c684

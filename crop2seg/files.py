@@ -56,4 +56,5 @@ def load_tensors(
         with safe_open(path, 'pt') as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get('note', '{}'))
     except SafetensorError as e:
-        raise ValueError(f"{path} is no safetensors file ({e}); other formats can run code and are not opened") from None
+        raise ValueError(f"{path} is no safetensors file ({e}); "
+                         "other formats can run code and are not opened") from None

@@ -40,19 +40,22 @@ def evidence(
         offset, scale = (_raster(item.assets[key], k) for k in ('offset', 'scale'))
         if band != 'SCL' and offset is not None: votes[f'raster:bands {band}'] = round(offset * 10_000)
         if band != 'SCL' and scale not in (None, 1e-4):
-            raise ValueError(f'scene {item.id} has a scale of {scale} in {band}, not 0.0001; its reflectance cannot be known')
+            raise ValueError(f'scene {item.id} has a scale of {scale} in {band}, not 0.0001; '
+                             'its reflectance cannot be known')
     if flag: votes = {k: v for k, v in votes.items() if k != 'baseline'} | {'boa_offset_applied': 0}
     return votes
 
 # %% ../nbs/11_harmonise.ipynb #8ae5f00a
 def _version(text, item): # Baseline as two numbers
     if match := re.fullmatch(r'N?(\d{1,2})\.?(\d{2})', str(text)): return int(match[1]), int(match[2])
-    raise ValueError(f'scene {item.id} has a processing baseline {text!r}, which is none; its reflectance cannot be known')
+    raise ValueError(f'scene {item.id} has a processing baseline {text!r}, which is none; '
+                     'its reflectance cannot be known')
 
 def _raster(asset, name): # offset or scale of an asset, wherever its version of STAC keeps it; None if it does not say
     fields = asset.extra_fields
     places = [*(fields.get('raster:bands') or [])[:1], *(fields.get('bands') or [])[:1], fields]
-    found = [p[k] for p in places for k in ((f'raster:{name}',) if p is fields else (name, f'raster:{name}')) if p.get(k) is not None]
+    found = [p[k] for p in places for k in ((f'raster:{name}',) if p is fields else (name, f'raster:{name}'))
+             if p.get(k) is not None]
     return found[0] if found else None
 
 # %% ../nbs/11_harmonise.ipynb #dc3897d3
@@ -63,12 +66,15 @@ def offset_of(
     "The offset of a scene; ValueError if its metadata are silent or contradict each other."
     votes = evidence(item, bands)
     if not votes:
-        raise ValueError(f'scene {item.id} says neither its processing baseline nor an offset; its reflectance cannot be known')
+        raise ValueError(f'scene {item.id} says neither its processing baseline nor an offset; '
+                         'its reflectance cannot be known')
     if len(set(votes.values())) > 1:
         says = '; '.join(sorted({f'{k.split()[0]} says {v}' for k, v in votes.items()}))
-        raise ValueError(f'scene {item.id} has an ambiguous offset: {says}; leave it out or use a catalog without the contradiction')
+        raise ValueError(f'scene {item.id} has an ambiguous offset: {says}; '
+                         'leave it out or use a catalog without the contradiction')
     if (offset := next(iter(votes.values()))) in (0, -1000): return offset
-    raise ValueError(f'scene {item.id} has an offset of {offset}, which no Sentinel-2 product uses; its reflectance cannot be known')
+    raise ValueError(f'scene {item.id} has an offset of {offset}, which no Sentinel-2 product uses; '
+                     'its reflectance cannot be known')
 
 # %% ../nbs/11_harmonise.ipynb #bb6a37be
 def solar_day(

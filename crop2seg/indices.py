@@ -22,7 +22,8 @@ def normalised_difference(
     with np.errstate(invalid='ignore', divide='ignore'): return np.where(total > 0, (high - low) / total, np.nan)
 
 # %% ../nbs/20_indices.ipynb #03375a1a
-INDICES = {'NDVI': ('B08', 'B04'), 'NDRE': ('B08', 'B05'), 'NDMI': ('B08', 'B11'), 'NDTI': ('B11', 'B12')} # Bands of each index
+# Bands of each index
+INDICES = {'NDVI': ('B08', 'B04'), 'NDRE': ('B08', 'B05'), 'NDMI': ('B08', 'B11'), 'NDTI': ('B11', 'B12')}
 
 def index(
     cube:xr.Dataset, # With reflectance (time, band, y, x)

@@ -31,7 +31,8 @@ def smooth(
 ) -> Float[np.ndarray, "*s"]: # Mean 0, deviation 1
     "A random field at places."
     rng, out = chance(*key), 0.
-    for a, b, p in zip(*rng.normal(0, 1/scale, (2, waves)), rng.uniform(0, 2*np.pi, waves)): out = out + np.cos(a*x + b*y + p)
+    for a, b, p in zip(*rng.normal(0, 1/scale, (2, waves)), rng.uniform(0, 2*np.pi, waves)):
+        out = out + np.cos(a*x + b*y + p)
     return out*np.sqrt(2/waves)
 
 # %% ../nbs/07_landscape.ipynb #55082ef4

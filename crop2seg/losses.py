@@ -23,7 +23,8 @@ def labelled(
     bad = known & ((labels < 0) | (labels >= n_classes))
     if bad.any():
         odd = int(labels[bad][0])
-        raise ValueError(f"labels hold class {odd}, neither void ({void}) nor one of the {n_classes} outputs; remap the labels")
+        raise ValueError(f"labels hold class {odd}, neither void ({void}) nor one of the {n_classes} outputs; "
+                         "remap the labels")
     return known
 
 # %% ../nbs/50_losses.ipynb #c0ccedf4

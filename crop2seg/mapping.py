@@ -47,7 +47,8 @@ def check_fit(
     have, want = cube.band.values.tolist(), list(run['bands'])
     allowed = [b for b in want if b in have] if run.get('drops_bands') else want
     if not have or have != allowed:
-        raise ValueError(f'the model was trained on {", ".join(want)}, the cube holds {", ".join(have)}; make a cube with the bands of the model')
+        raise ValueError(f'the model was trained on {", ".join(want)}, the cube holds {", ".join(have)}; '
+                         'make a cube with the bands of the model')
     if 'clear' not in cube or 'season_year' not in cube.attrs:
         raise ValueError('the cube lacks its clear observations or its season; make it with crop2seg cube')
     if any(len(run['stats'].get(k, ())) != len(want) for k in ('mean', 'std')):
@@ -55,7 +56,8 @@ def check_fit(
     legend, outputs = run['legend'], run['model']['args']['n_classes']
     known = [i for i in legend['ids'] if i != legend['void']]
     if len(known) != outputs:
-        raise ValueError(f'the model has {outputs} outputs, its legend {len(known)} classes; the run folder is inconsistent')
+        raise ValueError(f'the model has {outputs} outputs, its legend {len(known)} classes; '
+                         'the run folder is inconsistent')
 
 # %% ../nbs/60_mapping.ipynb #b600a8c8
 def window_probs(
@@ -70,7 +72,8 @@ def window_probs(
     x = torch.from_numpy(normalise(part.reflectance.values, run['stats']))
     days = torch.from_numpy(Season(int(part.attrs['season_year'])).days(part.time.values).astype('int64'))
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
-    batch = [a[None].to(device) for a in (x, days, torch.zeros(len(days), dtype=torch.bool), torch.from_numpy(part.clear.values))]
+    batch = [a[None].to(device)
+             for a in (x, days, torch.zeros(len(days), dtype=torch.bool), torch.from_numpy(part.clear.values))]
     with torch.inference_mode(): return model(*batch).softmax(1)[0].float().cpu().numpy()
 
 # %% ../nbs/60_mapping.ipynb #f925f12f

@@ -57,7 +57,8 @@ def class_scores(
     "IoU, precision, recall, F1 and support of every class."
     cm, n = np.asarray(cm).copy(), len(legend)
     if cm.shape != (n, n):
-        raise ValueError(f"the matrix is {cm.shape} but legend {legend.name} has {n} classes; use the legend of the labels")
+        raise ValueError(f"the matrix is {cm.shape} but legend {legend.name} has {n} classes; "
+                         "use the legend of the labels")
     if legend.void is not None: cm[legend.void] = 0
     tp, support, predicted = np.diag(cm), cm.sum(1), cm.sum(0)
     union = support + predicted - tp

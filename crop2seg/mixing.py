@@ -40,7 +40,8 @@ def site(
 ) -> Site: # Its polygons reach a little beyond the rectangle
     "The land below a rectangle of pixels; ValueError for odd numbers of pixels."
     rows, columns = size if isinstance(size, tuple) else (size, size)
-    if min(rows, columns) < 2 or rows % 2 or columns % 2: raise ValueError(f'{rows} x {columns} pixels do not fit 20 m bands; give even numbers')
+    if min(rows, columns) < 2 or rows % 2 or columns % 2:
+        raise ValueError(f'{rows} x {columns} pixels do not fit 20 m bands; give even numbers')
     if parcels is not None and parcels < 1: raise ValueError(f'{parcels} parcels are none; give 1 or more')
     (west, north), scale = origin, 1. if parcels is None else float(np.sqrt(rows*columns*1e-4*17/parcels))
     land = landscape(west - 40, north - 10*rows - 40, west + 10*columns + 40, north + 40, seed, region, scale)
@@ -62,7 +63,8 @@ def cells(
     step:float, # Edge of a cell, m
 ) -> Int[np.ndarray, "h w"]: # Row of the polygon below the centre of each cell; the nearest one in gaps
     "Which polygon lies where."
-    ids = rasterize(((g, i) for i, g in enumerate(shapes)), shape, fill=-1, transform=from_origin(west, north, step, step), dtype='int32')
+    ids = rasterize(((g, i) for i, g in enumerate(shapes)), shape, fill=-1,
+                    transform=from_origin(west, north, step, step), dtype='int32')
     if (ids >= 0).all(): return ids
     return ids[tuple(distance_transform_edt(ids < 0, return_distances=False, return_indices=True))]
 
@@ -85,7 +87,8 @@ def zones(
 ) -> dict[str, Float[np.ndarray, "h w"]]: # vigour (times), delay (days), bright (times)
     "Differences within parcels."
     u, v, classes = x[None]/place.scale, y[:, None]/place.scale, place.land.class_id.to_numpy()[ids]
-    soil, patch, height, north = (smooth(u, v + d, s, place.seed, k) for s, k, d in ((150, 31, 0), (20, 32, 0), (500, 33, 0), (500, 33, 60)))
+    soil, patch, height, north = (smooth(u, v + d, s, place.seed, k)
+                                  for s, k, d in ((150, 31, 0), (20, 32, 0), (500, 33, 0), (500, 33, 60)))
     head = (classes > 0) & (_edges(ids) < 12*place.scale)
     turn = place.land.turn.to_numpy()[ids]
     track = np.isin(classes, _SOWN) & ~head & (np.abs((u*np.cos(turn) + v*np.sin(turn)) % 24 - 12) < _STEP/2)
@@ -130,7 +133,8 @@ def mixing(
     h, w = rows.stop - rows.start, columns.stop - columns.start
     west, north = place.origin[0] + 10*columns.start - _MARGIN, place.origin[1] - 10*rows.start + _MARGIN
     shape = tuple((10*n + 2*_MARGIN)//_STEP for n in (h, w))
-    near = np.flatnonzero(place.land.intersects(shapely.box(west, north - _STEP*shape[0], west + _STEP*shape[1], north)))
+    near = np.flatnonzero(place.land.intersects(shapely.box(west, north - _STEP*shape[0],
+                                                            west + _STEP*shape[1], north)))
     ids = near[cells(place.land.geometry.iloc[near], west, north, shape, _STEP)]
     x, y = west + _STEP*(np.arange(shape[1]) + .5), north - _STEP*(np.arange(shape[0]) + .5)
     used, local = np.unique(ids, return_inverse=True)
@@ -141,7 +145,8 @@ def mixing(
 @lru_cache(256)
 def _states(place, at, crop, year): # Rows of a commune with a crop, and their daily states
     rows = [r for r, (_, k) in enumerate(commune(*at, place.seed, place.region)) if k == crop]
-    return rows, stand([crop]*len(rows), year.weather, chance(place.seed, *at, 40, *crop.encode()), region=chance(place.seed, 41, *crop.encode()))
+    return rows, stand([crop]*len(rows), year.weather, chance(place.seed, *at, 40, *crop.encode()),
+                       region=chance(place.seed, 41, *crop.encode()))
 
 @dataclass(frozen=True, eq=False)
 class Year:

@@ -27,12 +27,14 @@ def read_parcels(
     "Parcels and their classes; FileNotFoundError or ValueError with the remedy."
     parcels = _read_vector(path)
     if parcels.crs is None:
-        raise ValueError(f'{path} names no projection (CRS); assign the right one, for example with QGIS, and try again')
+        raise ValueError(f'{path} names no projection (CRS); '
+                         'assign the right one, for example with QGIS, and try again')
     if column not in parcels:
         raise ValueError(f'{path} has no column {column}; it has {", ".join(c for c in parcels if c != "geometry")}')
     classes = pd.to_numeric(parcels[column], errors='coerce')
     if len(bad := parcels[column][~classes.isin(legend.ids)].unique()):
-        raise ValueError(f'{path}: {column} holds {", ".join(map(str, bad[:5]))}, not classes of the legend (0 to {max(legend.ids)})')
+        raise ValueError(f'{path}: {column} holds {", ".join(map(str, bad[:5]))}, not classes of the '
+                         f'legend (0 to {max(legend.ids)})')
     flat = parcels.geometry.notna() & parcels.geom_type.isin(['Polygon', 'MultiPolygon']) & ~parcels.geometry.is_empty
     if not flat.any(): raise ValueError(f'{path} holds no polygon; parcels must be polygons')
     return gpd.GeoDataFrame({'parcel_id': np.arange(1, len(parcels) + 1), 'class_id': classes.astype(int)}, geometry=parcels.geometry)[flat]
@@ -41,7 +43,8 @@ def _read_vector(path): # A table with geometries
     if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist; give a file of parcels')
     try: return gpd.read_parquet(path) if Path(path).suffix in ('.parquet', '.geoparquet') else gpd.read_file(path)
     except (pyogrio.errors.DataSourceError, ValueError, OSError) as e:
-        raise ValueError(f'{path} cannot be read as parcels ({type(e).__name__}); give a GeoPackage, GeoParquet, Shapefile or GeoJSON') from e
+        raise ValueError(f'{path} cannot be read as parcels ({type(e).__name__}); '
+                         'give a GeoPackage, GeoParquet, Shapefile or GeoJSON') from e
 
 # %% ../nbs/30_parcels.ipynb #c92c67eb
 def burn(
@@ -52,7 +55,8 @@ def burn(
     "Labels and parcel ids on a grid; ValueError if no parcel touches it."
     local = parcels.to_crs(grid.crs.to_wkt())
     local = local.iloc[local.area.argsort()[::-1]]
-    burn_one = lambda values, fill, kind: rasterize(zip(local.geometry, values), grid.shape, fill, transform=grid.affine, dtype=kind)
+    burn_one = lambda values, fill, kind: rasterize(zip(local.geometry, values), grid.shape,
+                                                    fill, transform=grid.affine, dtype=kind)
     ids = burn_one(local.parcel_id, 0, 'int32')
     if not ids.any():
         raise ValueError('no parcel covers a pixel of the cube; do the parcels and the cube show the same place?')

@@ -41,7 +41,8 @@ def spatial_folds(
     cells = np.stack([np.floor(np.asarray(v) / block) for v in (x, y)], 1)
     blocks, member = np.unique(cells, axis=0, return_inverse=True)
     if len(blocks) < folds:
-        raise ValueError(f'the patches lie in {len(blocks)} block(s) of {block:g} m, fewer than {folds} folds; take smaller blocks or fewer folds')
+        raise ValueError(f'the patches lie in {len(blocks)} block(s) of {block:g} m, fewer than {folds} folds; '
+                         'take smaller blocks or fewer folds')
     return (np.random.default_rng(seed).permutation(len(blocks)) % folds + 1)[member.ravel()]
 
 # %% ../nbs/31_patches.ipynb #e00772ab
@@ -58,9 +59,12 @@ def cut(
     part = cube[['reflectance', 'clear']].isel(y=rows, x=columns).compute()
     part = part.isel(time=part.clear.any(('y', 'x')).values)
     if not part.sizes['time']: return None
-    fill = lambda a, value: np.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, size - n) for n in a.shape[-2:]], constant_values=value)
-    return dict(series=fill(to_int16(part.reflectance.values), to_int16(np.float32('nan'))), clear=fill(part.clear.values, False),
-                labels=fill(labels[rows, columns], void), parcels=fill(ids[rows, columns], 0), dates=part.time.dt.strftime('%Y-%m-%d').values.tolist())
+    fill = lambda a, value: np.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, size - n) for n in a.shape[-2:]],
+                                   constant_values=value)
+    return dict(series=fill(to_int16(part.reflectance.values), to_int16(np.float32('nan'))),
+                clear=fill(part.clear.values, False),
+                labels=fill(labels[rows, columns], void), parcels=fill(ids[rows, columns], 0),
+                dates=part.time.dt.strftime('%Y-%m-%d').values.tolist())
 
 # %% ../nbs/31_patches.ipynb #f0451660
 PARTS = ('series', 'labels', 'parcels', 'clear') # Arrays of a patch, each a folder of .npy files
@@ -106,7 +110,8 @@ def _save(patch, folder, corner, size, cube, legend, sha): # Store one patch, re
     where = cube.rio.transform() * Affine.translation(corner[1], corner[0])
     left, top = where.c, where.f
     counts = np.bincount(patch['labels'].ravel(), minlength=max(legend.ids) + 1)
-    return dict(patch_id=name, dates=patch['dates'], transform=list(where)[:6], geometry=box(left, top - 10*size, left + 10*size, top),
+    return dict(patch_id=name, dates=patch['dates'], transform=list(where)[:6],
+                geometry=box(left, top - 10*size, left + 10*size, top),
                 **{f'n_{c}': int(counts[c]) for c in legend.ids})
 
 def _index(rows, cube, block, folds, seed): # The table of patches

@@ -40,7 +40,8 @@ def season_of(
     items:list, # Scenes
 ) -> Season: # The season most of them belong to
     "The season of a source, from the dates of its scenes."
-    years = Counter(y for i in items for y in (i.datetime.year, i.datetime.year + 1) if Season(y).contains([i.datetime])[0])
+    years = Counter(y for i in items for y in (i.datetime.year, i.datetime.year + 1)
+                    if Season(y).contains([i.datetime])[0])
     return Season(max(years, key=lambda y: (years[y], y)))
 
 # %% ../nbs/70_pipeline.ipynb #ac5b89b9
@@ -67,7 +68,8 @@ def note_clear(
     "Add to a ledger what was seen of the place."
     rows = rows.assign(clear_share=rows.day.map(share.to_series()).where(rows.status != 'dropped').round(3))
     cloudy = rows.clear_share < least
-    rows.loc[cloudy, 'reason'] = [f'{s:.0%} of the place clear, less than {least:.0%}' for s in rows.clear_share[cloudy]]
+    rows.loc[cloudy, 'reason'] = [f'{s:.0%} of the place clear, less than {least:.0%}'
+                                  for s in rows.clear_share[cloudy]]
     rows.loc[cloudy, 'status'] = 'dropped'
     return rows
 
@@ -115,11 +117,13 @@ def take(
     cube = open_cube(source)
     if season: cube = cube.isel(time=season.contains(cube.time.values)).assign_attrs(season_year=season.year)
     if not cube.sizes['time']:
-        raise ValueError(f'cube {source} has no date{f" from {season.start} to {season.end}" if season else ""}; choose another season or make the cube anew')
+        raise ValueError(f'cube {source} has no date{f" from {season.start} to {season.end}" if season else ""}; '
+                         'choose another season or make the cube anew')
     if place is None: return cube
     left, bottom, right, top = grid_of(place, epsg=cube.rio.crs.to_epsg()).boundingbox
     part = cube.sel(x=(cube.x > left) & (cube.x < right), y=(cube.y > bottom) & (cube.y < top))
-    if not part.sizes['x'] * part.sizes['y']: raise ValueError(f'the place lies outside cube {source}; choose a place within it')
+    if not part.sizes['x'] * part.sizes['y']:
+        raise ValueError(f'the place lies outside cube {source}; choose a place within it')
     return part
 
 # %% ../nbs/70_pipeline.ipynb #06e940ac
@@ -138,7 +142,8 @@ def make_dataset(
     "Cut a source and its labels into a patch data set."
     out, legend = ready(out), read_legend()
     if out.exists(): raise ValueError(f'{out} exists; name a new folder for the data set')
-    if bool(parcels) == bool(labels): raise ValueError('labels come either from parcels or from a raster; give exactly one of the two')
+    if bool(parcels) == bool(labels):
+        raise ValueError('labels come either from parcels or from a raster; give exactly one of the two')
     table = parcels and read_parcels(parcels, legend, column)
     cube = take(source, out.with_name(f'{out.name}.cube.zarr'), place, season, log=log)
     grid = GeoBox((cube.sizes['y'], cube.sizes['x']), cube.rio.transform(), cube.rio.crs.to_wkt())

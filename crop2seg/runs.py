@@ -174,7 +174,8 @@ def transfer(
     fit = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape and k not in head}
     if not fit: raise ValueError("no weight of the run to start from fits this model; use the same architecture")
     if not same_classes and not head:
-        raise ValueError("the classes differ and this model has no part named head; start from a run with the same legend")
+        raise ValueError("the classes differ and this model has no part named head; "
+                         "start from a run with the same legend")
     model.load_state_dict({**own, **fit})
     return [k for k in own if k not in fit]
 
@@ -192,7 +193,8 @@ def begin(
         raise ValueError(f"{recipe.start_from} was trained on bands {was}, the data set has {now}; use the same bands")
     run = new_run(recipe, facts, first['stats'])
     if recipe.keep and _classes(first) != _classes(run):
-        raise ValueError(f"{recipe.start_from} knows other classes than the data set, so none can be kept; set keep to 0")
+        raise ValueError(f"{recipe.start_from} knows other classes than the data set, so none can be kept; "
+                         "set keep to 0")
     run['data']['seen'] += first['data']['seen']
     run['drops_bands'] |= first.get('drops_bands', False)
     return run

@@ -27,19 +27,22 @@ def open_source(
     if urlparse(where).scheme in ('http', 'https') and not where.endswith('.json'): return _open_api(where)
     path = Path(where)/'catalog.json' if Path(where).is_dir() else Path(where)
     if '://' not in where and not path.exists():
-        raise FileNotFoundError(f'source {where} does not exist; give a catalog.json, a STAC API address or one of {", ".join(SOURCES)}')
+        raise FileNotFoundError(f'source {where} does not exist; give a catalog.json, a STAC API address or '
+                                f'one of {", ".join(SOURCES)}')
     return _open_static(where if '://' in where else str(path))
 
 # %% ../nbs/10_stac.ipynb #c3fcf51a
 def _open_api(url): # A STAC API client
     try: return pystac_client.Client.open(url, timeout=60)
     except Exception as e:
-        raise ValueError(f'{url} does not answer as a STAC API ({type(e).__name__}); check the address and the network') from e
+        raise ValueError(f'{url} does not answer as a STAC API ({type(e).__name__}); '
+                         'check the address and the network') from e
 
 def _open_static(href): # A catalog of files
     try: return pystac.Catalog.from_file(href)
     except Exception as e: # whatever a file that is no catalog, or a dead address, may cause
-        raise ValueError(f'{href} is not a STAC catalog ({type(e).__name__}); give the catalog.json of a static catalog') from e
+        raise ValueError(f'{href} is not a STAC catalog ({type(e).__name__}); '
+                         'give the catalog.json of a static catalog') from e
 
 # %% ../nbs/10_stac.ipynb #a5a40cc8
 def search(
@@ -53,13 +56,17 @@ def search(
         items = _ask(source, place, season, collection)
     else: items = _walk(source, place)
     if not items:
-        raise ValueError(f'{source.id} has no scene {"of this place" if place else "at all"}; check the place and the season')
+        raise ValueError(f'{source.id} has no scene {"of this place" if place else "at all"}; '
+                         'check the place and the season')
     return sorted(items, key=lambda i: (i.datetime, i.id))
 
 def _walk(catalog, place): # The items of a static catalog
-    try: return [i for i in catalog.get_items(recursive=True) if place is None or shape(i.geometry).intersects(place.geometry)]
+    try:
+        return [i for i in catalog.get_items(recursive=True)
+                if place is None or shape(i.geometry).intersects(place.geometry)]
     except Exception as e: # a broken link, an item that is none
-        raise ValueError(f'catalog {catalog.id} holds something that cannot be read ({" ".join(str(e).split())}); mend or remove it') from e
+        raise ValueError(f'catalog {catalog.id} holds something that cannot be read ({" ".join(str(e).split())}); '
+                         'mend or remove it') from e
 
 def _ask(client, place, season, collection): # A search of a STAC API
     if place is None or season is None:
@@ -91,5 +98,6 @@ def scene_table(
 ) -> pd.DataFrame: # One row a scene: scene, datetime, tile, cloud_cover (percent), baseline
     "What a source says of its scenes."
     tile = lambda p: str(p.get('grid:code') or p.get('s2:mgrs_tile') or '').removeprefix('MGRS-')
-    return pd.DataFrame([dict(scene=i.id, datetime=i.datetime, tile=tile(i.properties), cloud_cover=i.properties.get('eo:cloud_cover'),
+    return pd.DataFrame([dict(scene=i.id, datetime=i.datetime, tile=tile(i.properties),
+                              cloud_cover=i.properties.get('eo:cloud_cover'),
                               baseline=i.properties.get('s2:processing_baseline')) for i in items])

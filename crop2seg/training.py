@@ -64,7 +64,8 @@ class Track(Callback):
         train, valid = (float(a/n) if n else math.nan for a, n in self.sums)
         overall, per_class = scores(self.cm, self.legend)
         row = dict(epoch=self.epoch, train_loss=train, valid_loss=valid, lr=float(self.opt.hypers[-1]['lr']),
-                   seconds=round(time.time() - self.began, 2), **{k: overall[k] for k in ('oa', 'miou', 'macro_f1', 'pixels')})
+                   seconds=round(time.time() - self.began, 2),
+                   **{k: overall[k] for k in ('oa', 'miou', 'macro_f1', 'pixels')})
         self.finish(row, per_class.set_index('name').T.to_dict())
 
 # %% ../nbs/52_training.ipynb #c31b5787
@@ -88,7 +89,8 @@ def make_learner(
     model = hold(start_at_prior(build(run['model']['name'], **run['model']['args']), counts), recipe.tune).to(device)
     cbs = [TrainEvalCallback(), SeedEpoch(recipe.seed), Track(legend), GradientClip(recipe.clip)]
     if first: cbs.append(Still())
-    cbs.append(Keep(load_run(find_run(first), device)[0], recipe.keep, legend.void) if recipe.keep else SkipVoid(legend.void))
+    cbs.append(Keep(load_run(find_run(first), device)[0], recipe.keep, legend.void)
+               if recipe.keep else SkipVoid(legend.void))
     if precision != 'fp32': cbs.append(MixedPrecision(precision))
     weights = class_weights(counts).to(device) if recipe.class_weights else None
     loss, dls = make_loss(recipe.loss, legend.void, weights, recipe.smoothing), DataLoaders(train, valid, device=device)
@@ -118,7 +120,8 @@ def fit(
     if done < recipe.epochs: learn.fit_one_cycle(recipe.epochs, recipe.lr, cbs=cbs, start_epoch=done)
     if learn.track.diverged is not None:
         epoch = learn.track.diverged + 1
-        raise ValueError(f"the loss was no longer finite in epoch {epoch}; train again with a lower lr than {recipe.lr:g}")
+        raise ValueError(f"the loss was no longer finite in epoch {epoch}; "
+                         f"train again with a lower lr than {recipe.lr:g}")
 
 # %% ../nbs/52_training.ipynb #a6e555b2
 def train(
@@ -161,11 +164,13 @@ def load_run(
     try: model.load_state_dict(load_tensors(Path(path)/'model.safetensors')[0])
     except RuntimeError as e:
         name, why = run['model']['name'], str(e).splitlines()[-1].strip()
-        raise ValueError(f"the weights in {path} do not fit {name} as run.json has it ({why}); copy the folder again") from None
+        raise ValueError(f"the weights in {path} do not fit {name} as run.json has it ({why}); "
+                         "copy the folder again") from None
     return model.to(device).eval(), run
 
 # %% ../nbs/52_training.ipynb #56034059
-TUNED = dict(tune='head', keep=1., epochs=30, lr=3e-3, temporal_dropout=0., augment=False) # What differs from a usual recipe
+# What differs from a usual recipe
+TUNED = dict(tune='head', keep=1., epochs=30, lr=3e-3, temporal_dropout=0., augment=False)
 
 def tuned(
     start:str|Path, # Run folder or name of a bundled model

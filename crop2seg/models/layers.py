@@ -88,7 +88,8 @@ class UpBlock(nn.Module):
         kind:str='batch', # Norm, see `norm`
     ):
         super().__init__()
-        self.grow = nn.Sequential(nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False), norm(kind, c_out), nn.ReLU(inplace=True))
+        self.grow = nn.Sequential(nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False),
+                                  norm(kind, c_out), nn.ReLU(inplace=True))
         self.skip = conv(c_skip, c_skip, kind, size=1)
         self.first, self.second = conv(c_out + c_skip, c_out, kind), conv(c_out, c_out, kind)
 

@@ -56,7 +56,8 @@ def monthly_medians(
     T, C, *space = x.shape
     if np.shape(clear) != (T, *space) or np.shape(days) != (T,):
         got = f"{np.shape(days)} and {np.shape(clear)}"
-        raise ValueError(f"x {x.shape} needs days {(T,)} and clear {(T, *space)}, got {got}; cut them to the same dates")
+        raise ValueError(f"x {x.shape} needs days {(T,)} and clear {(T, *space)}, got {got}; "
+                         "cut them to the same dates")
     x = np.where(np.asarray(clear)[:, None], x, np.nan).astype(np.float32).reshape(T, C, -1)
     month = month_of(days)
     months = fill_months(np.stack([clear_median(x[month == i]) for i in range(n_months)]))

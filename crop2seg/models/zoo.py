@@ -17,8 +17,10 @@ def registry() -> dict[str, tuple]: # name -> (class, arguments of this size, on
     "Every network that `build` knows."
     return {
         'timeunet': (TimeUNet, {}, 'conv block on each date, attention over dates at full resolution, one 2-D U-Net'),
-        'timeunet-nano': (TimeUNet, dict(widths=(16, 16, 32), decoder=(16, 16), n_head=8, d_model=64), 'timeunet at a seventeenth of the size'),
-        'tempcnn': (TempCNN, {}, 'each pixel by itself: its season on an even clock, convolutions over time, attention'),
+        'timeunet-nano': (TimeUNet, dict(widths=(16, 16, 32), decoder=(16, 16), n_head=8, d_model=64),
+                          'timeunet at a seventeenth of the size'),
+        'tempcnn': (TempCNN, {},
+                    'each pixel by itself: its season on an even clock, convolutions over time, attention'),
     }
 
 # %% ../../nbs/49_models.zoo.ipynb #7368678c
@@ -42,4 +44,5 @@ def models(
 ) -> list[dict]: # name, parameters, about
     "Every network with its number of parameters and one line about it."
     with torch.device('meta'): nets = {name: build(name, n_classes=n_classes) for name in registry()}
-    return [dict(name=name, parameters=sum(p.numel() for p in net.parameters()), about=registry()[name][2]) for name, net in nets.items()]
+    return [dict(name=name, parameters=sum(p.numel() for p in net.parameters()), about=registry()[name][2])
+            for name, net in nets.items()]
