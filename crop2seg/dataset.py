@@ -106,9 +106,9 @@ def disturb(
     if rng.random() < .4*strength: # the window opens late or closes early
         opens, closes = (rng.random(2) < .6)*rng.random(2)*[200, 130]
         keep &= (days >= opens - 31) & (days <= 430 - closes)
-    if rng.random() < .25*strength: # bands are missing
+    if rng.random() < .4*strength: # bands are missing
         blind = rng.random() < .5
-        x[:, [BANDS.index(b) for b in BLIND] if blind else rng.choice(x.shape[1], rng.integers(1, 4), False)] = np.nan
+        x[:, [BANDS.index(b) for b in BLIND] if blind else rng.choice(x.shape[1], rng.integers(1, 5), False)] = np.nan
     seen = clear & keep[:, None, None]
     return x, days, seen if seen.any() else clear
 

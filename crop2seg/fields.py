@@ -90,14 +90,14 @@ def _vary(s, rng, shared, spread, crop): # What a region, its parcels of one cro
         common = shared.normal() + .7*shared.normal(size=(kinds, 1))[crop]
         return np.exp(spread*(region*common + own*rng.normal(size=(n, 1))))
     def share(region, low, high): # part of the pixel
-        return np.clip(spread*(shared.uniform(0, region) + rng.uniform(low, high, (n, 1))), 0, .5)
-    leaf, gaps, dead = times(.2, .15), share(.2, -.08, .12), share(.25, -.1, .15)
+        return np.clip(spread*(region*shared.random()**2 + rng.uniform(low, high, (n, 1))), 0, .5)
+    leaf, gaps, dead = times(.2, .15), share(.25, -.08, .1), share(.35, -.1, .1)
     weeds = spread*.1*np.exp(shared.normal(0, .6))*rng.lognormal(0, .7, (n, 1))
     s |= dict(lai=s['lai']*leaf, green=s['green']*leaf)
     s |= dict(cover=s['cover']*(1 - gaps), under=np.maximum(s['under'], weeds))
     s |= dict(brown=s['brown'] + dead*shared.uniform(.5, 1.5), cab=s['cab']*times(.12, .08)*(1 - dead/2))
-    s |= dict(cw=s['cw']*times(.2, .12)*(1 - dead/2), cm=s['cm']*times(.15, .1), n=s['n']*times(.05, .1))
-    s |= dict(ala=s['ala'] + spread*shared.normal(0, 4), late=s['late'] + spread*shared.normal(0, 4))
+    s |= dict(cw=s['cw']*times(.25, .12)*(1 - dead/2), cm=s['cm']*times(.25, .1), n=s['n']*times(.07, .1))
+    s |= dict(ala=s['ala'] + spread*shared.normal(0, 6), late=s['late'] + spread*shared.normal(0, 4))
     s['shade'] = 1 - (1 - s['shade'])*times(.08, .07)[:, 0] # below 0: brighter than a level canopy
     return {k: v.astype('float32') for k, v in s.items()}
 
@@ -133,11 +133,11 @@ def render(
     day = np.asarray(days)[None] - np.rint(delay + states['late'][parcel])[:, None].astype(int) - DAYS[0]
     now = lambda k: np.clip(states[k][parcel[:, None], np.clip(day, 0, len(DAYS) - 1)], *LIMITS.get(k, (0, 1)))
     litter, cover, flower, sealed, water = (now(k)[..., None] for k in ('litter', 'cover', 'flower', 'sealed', 'water'))
-    floor = _over(now('under'), GRASS, soil*(1 - litter) + litter*_straw(soil), light)
+    air = np.clip(np.tan(np.deg2rad(sun))/np.tan(np.deg2rad(40)) - 1, 0, 3)
+    rough, low = (np.exp(-k*air, dtype=np.float32)[:, None] for k in (.1, .03)) # shadows of clods; of rows and plants
+    floor = _over(now('under'), GRASS, rough*(soil*(1 - litter) + litter*_straw(soil)), light)
     lai = np.clip(now('lai')*np.reshape(vigour, (-1, 1)), *LIMITS['lai'])
     top = _over(lai, [now(k) for k in LEAF], floor, light)
     top = (1 - flower)*top + flower*states['petals'][parcel][:, None]
-    low = np.exp(-.05*np.clip(np.tan(np.deg2rad(sun))/np.tan(np.deg2rad(40)) - 1, 0, 3),
-                 dtype=np.float32)[:, None] # shadows of clods, rows and plants
     land = (cover*top + (1 - cover)*floor)*(1 - states['shade'][parcel])[:, None, None]*low
     return (1 - sealed - water).clip(0)*land + sealed*states['sealed_colour'][parcel][:, None] + water*WATER

@@ -169,10 +169,11 @@ def scene_errors(
     high = np.cos(np.deg2rad(sun))
     haze = high*np.where(rng.random(n) < .15, rng.exponential(.35, n), rng.normal(.2*high, .15))
     spread = strength*(haze/high)[:, None]*(_NM/550)**-rng.normal(.9, .4, (n, 1))
-    grey, infrared = .055*rng.standard_t(4, (n, 1)), rng.normal(0, .05, (n, 1))*(_NM > 1500)
+    grey, infrared = .055*rng.standard_t(4, (n, 1))*(.6 + .4/high[:, None]), rng.normal(0, .05, (n, 1))*(_NM > 1500)
     tint = (grey + infrared + rng.normal(0, .015, (n, 10))).clip(-.35, .35)
     gain = (1 + strength*tint)*(1 - .22*spread).clip(.5, 1.3)
-    offset = .075*spread + strength*(rng.normal(0, .002, (n, 10)) - .012*np.minimum(1/high/3, 1)[:, None]**2*(_NM < 720))
+    dark = rng.uniform(0, .03, (n, 1))*np.minimum(1/high/3, 1)[:, None]**2*(_NM < 720) # taken off under a low sun
+    offset = .075*spread + strength*(rng.normal(0, .002, (n, 10)) - dark)
     names = ['haze', 'noise', *(f'gain_{b}' for b in BANDS), *(f'offset_{b}' for b in BANDS)]
     values = [strength*haze, strength*.0015/high, *gain.T, *offset.T]
     return pd.DataFrame(dict(zip(names, values))).astype('float32')
