@@ -17,6 +17,7 @@ from .bands import BANDS
 from .dataset import normalise
 from .legend import read_legend
 from .patches import write_dataset
+from .runs import find_run
 from .simulated import sheet
 from .training import load_run, train, tuned
 from .transfer import draw_parcels, fit_sheet, group_scores, merge, read_groups
@@ -27,7 +28,7 @@ def ask(
     chunk:int=4096, # Pixels at a time
 ) -> Callable: # predict(x (N T 10), days (T), clear (N T)) -> probabilities (N K)
     "A trained model as a predictor of series."
-    model, facts = load_run(run)
+    model, facts = load_run(find_run(run))
     def predict(x, days, clear):
         x = normalise(np.asarray(x, 'float32').transpose(1, 2, 0)[..., None, :], facts['stats'])
         days, clear = torch.from_numpy(np.asarray(days, 'int64'))[None], torch.from_numpy(clear.T[:, None].copy())

@@ -11,6 +11,7 @@ import io
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Image as Display
 from jaxtyping import Float, Int, UInt8
 from matplotlib.patches import Patch
 from matplotlib.patheffects import Normal, Stroke
@@ -50,12 +51,13 @@ def show_rgb(
 def show(
     fig:plt.Figure, # a drawn figure; it is closed
     colours:int=32, # kept, 2 to 256: fewer, smaller
-) -> Image.Image: # picture with a palette, shown where it ends a cell
+) -> Display: # PNG with a palette, shown where it ends a cell
     "A figure as a picture of few colours; raises ValueError when these are not 2 to 256."
     if not 2 <= colours <= 256: raise ValueError(f"{colours} colours do not fit a palette; keep 2 to 256")
     fig.savefig(raw := io.BytesIO(), format='png', bbox_inches='tight')
     plt.close(fig)
-    return Image.open(raw).convert('RGB').quantize(colours)
+    Image.open(raw).convert('RGB').quantize(colours).save(small := io.BytesIO(), 'png', optimize=True)
+    return Display(small.getvalue())
 
 # %% ../nbs/03_plot.ipynb #1eaf120e
 def label_image(
