@@ -158,6 +158,8 @@ def pixel_profile(
     "NDVI of one pixel through the season; ValueError outside the cube."
     if 'clear' not in cube:
         raise ValueError('The cube of the map does not say which pixels were clear; make it again with crop2seg cube.')
+    if lacks := sorted({'B04', 'B08'} - set(cube.band.values.tolist())):
+        raise ValueError(f'The imagery of this map lacks {" and ".join(lacks)}, so its NDVI is not known.')
     cell = _cell(cube.rio.transform(), (cube.sizes['y'], cube.sizes['x']), cube.rio.crs, lon, lat)
     if cell is None: raise ValueError('This place lies outside the cube of the map, so its season is not known.')
     pixel = cube[['reflectance', 'clear']].isel(y=cell[0], x=cell[1])
