@@ -88,9 +88,12 @@ def _sheets(args): # Nothing -> patches of simulated fields
 
 def _map(args): # Source and model -> bundle
     "Map the crops of a place and season."
+    from crop2seg.legend import data_dir
     from crop2seg.pipeline import map_crops
+    whole_sample = args.source == 'sample' and not (args.bbox or args.aoi)
+    parcels = args.parcels or (data_dir()/'sample'/'parcels.gpkg' if whole_sample else None)
     map_crops(args.source, args.out, args.model, place_of(args), season_of_args(args),
-              args.overwrite, window=args.window, overlap=args.overlap)
+              args.overwrite, parcels=parcels, window=args.window, overlap=args.overlap)
 
 # %% ../nbs/71_cli.ipynb #8a423731
 def _train(args): # Patches -> run folder(s)
@@ -233,6 +236,7 @@ def _evaluate_options(add):
 
 def _map_options(add):
     _where(add); add('--model', help='run folder or name of a bundled model (default: default)'); _out(add, 'folder of the bundle')
+    add('--parcels', help='outlines; each gets the crop that most of its pixels show (default: those of the sample)')
     add('--window', type=_number(int, 1), default=128, help='edge of a window, pixels'); add('--overlap', type=_number(int, 0), default=32, help='of windows, pixels')
 
 def _app_options(add):

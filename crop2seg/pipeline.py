@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 import numpy as np
 import pandas as pd
+import rasterio
 import xarray as xr
 from odc.geo.geobox import GeoBox
 from rasterio.features import geometry_mask
@@ -27,9 +28,10 @@ from .harmonise import ledger, write_ledger
 from .legend import Legend, read_legend
 from .mapping import check_fit, predict_map, starts
 from .output import ready, remove, whole
-from .parcels import burn, read_labels, read_parcels
+from .parcels import burn, read_labels, read_outlines, read_parcels
 from .patches import write_dataset
 from .places import held_bands
+from .postprocess import vote
 from .runs import find_run
 from .season import Place, Season, grid_of
 from .stac import open_source, search
@@ -216,6 +218,13 @@ def _describe(bundle, cube, run, counts, facts): # areas.csv, preview.png and ru
     preview(bundle/'crops.tif', bundle/'preview.png', legend, f'Crops {facts["season_year"]}', facts['source'])
     (bundle/'run.json').write_text(json.dumps(facts, indent=1))
 
+def _vote(bundle, outlines, legend): # parcels.gpkg, and a line about it
+    with rasterio.open(bundle/'crops.tif') as f, rasterio.open(bundle/'confidence.tif') as g:
+        grid, classes, confidence = GeoBox(f.shape, f.transform, f.crs.to_wkt()), f.read(1), g.read(1)
+    voted = vote(classes, confidence, outlines, grid, legend)
+    voted.to_file(bundle/'parcels.gpkg')
+    return f'{(voted.pixels > 0).sum()} of {len(voted)} parcels have a crop; in half of them at least {voted["share"].median():.0%} of the pixels agree'
+
 def _keep_inputs(source, kept, bundle): # The ledger and, if it was made for this map, the cube
     made = Path(source).suffix != '.zarr'
     beside = (kept if made else Path(source)).with_name(f'{(kept if made else Path(source)).stem}.ledger.csv')
@@ -246,6 +255,7 @@ def map_crops(
     season:Season=None, # When
     overwrite:bool=False, # Replace another bundle
     log:Callable=print, # Takes one line of text
+    parcels:str|Path=None, # Vector file of outlines, whose pixels vote
     **kwargs, # window, overlap of `predict_map`
 ) -> Path: # The folder
     "Map the crops of a place and season; the same request returns the bundle that is there."
@@ -253,7 +263,9 @@ def map_crops(
     net, run = load_run(folder)
     starts(1000, kwargs.get('window', 128), kwargs.get('overlap', 32)) # refuses an overlap that does not fit
     weights = _digest(*((folder/f).read_bytes() for f in ('model.safetensors', 'run.json')))
-    request = _request(source, _scenes(source, place, season), place, season, model=weights, **kwargs)
+    outlines = None if parcels is None else read_outlines(parcels)
+    drawn = {} if parcels is None else dict(parcels=_digest(Path(parcels).read_bytes()))
+    request = _request(source, _scenes(source, place, season), place, season, model=weights, **drawn, **kwargs)
     if Path(source).absolute().is_relative_to(out):
         raise ValueError(f'the source lies in {out}, which would be replaced; name another folder')
     if _state(out, request, overwrite) == 'same': log(f'{out} is there already'); return out
@@ -264,6 +276,7 @@ def map_crops(
         part.mkdir()
         counts, total = paint(cube, net, run, part, place, **kwargs)
         _describe(part, cube, run, counts, describe(cube, run, dict(folder=folder.name, **run['model']), request, total))
+        if parcels is not None: log(_vote(part, outlines, Legend.from_dict(run['legend'])))
         _keep_inputs(source, kept, part)
     remove(kept.with_name(f'{kept.stem}.ledger.csv'))
     log(f'crop map in {out}: {largest(pd.read_csv(out/"areas.csv"))}')
