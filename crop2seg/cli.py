@@ -88,12 +88,9 @@ def _sheets(args): # Nothing -> patches of simulated fields
 
 def _map(args): # Source and model -> bundle
     "Map the crops of a place and season."
-    from crop2seg.legend import data_dir
     from crop2seg.pipeline import map_crops
-    whole_sample = args.source == 'sample' and not (args.bbox or args.aoi)
-    parcels = args.parcels or (data_dir()/'sample'/'parcels.gpkg' if whole_sample else None)
     map_crops(args.source, args.out, args.model, place_of(args), season_of_args(args),
-              args.overwrite, parcels=parcels, window=args.window, overlap=args.overlap)
+              args.overwrite, parcels=args.parcels, window=args.window, overlap=args.overlap)
 
 # %% ../nbs/71_cli.ipynb #8a423731
 def _train(args): # Patches -> run folder(s)

@@ -25,8 +25,7 @@ def read_outlines(
     "Outlines of parcels, whatever grows there; FileNotFoundError or ValueError with the remedy."
     parcels = _read_vector(path).reset_index(drop=True)
     if parcels.crs is None:
-        raise ValueError(f'{path} names no projection (CRS); '
-                         'assign the right one, for example with QGIS, and try again')
+        raise ValueError(f'{path} names no projection (CRS); assign the right one, for example with QGIS, and try again')
     flat = parcels.geometry.notna() & parcels.geom_type.isin(['Polygon', 'MultiPolygon']) & ~parcels.geometry.is_empty
     if not flat.any(): raise ValueError(f'{path} holds no polygon; parcels must be polygons')
     return parcels[flat]

@@ -13,7 +13,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 import numpy as np
 import pandas as pd
-import rasterio
 import xarray as xr
 from odc.geo.geobox import GeoBox
 from rasterio.features import geometry_mask
@@ -25,13 +24,13 @@ from .clouds import add_clear, clear_share, drop_cloudy
 from .cube import load_cube, native_grid, open_cube, save_cube
 from .export import append, finish, preview, strips, to_classes
 from .harmonise import ledger, write_ledger
-from .legend import Legend, read_legend
+from .legend import Legend, data_dir, read_legend
 from .mapping import check_fit, predict_map, starts
 from .output import ready, remove, whole
 from .parcels import burn, read_labels, read_outlines, read_parcels
 from .patches import write_dataset
 from .places import held_bands
-from .postprocess import vote
+from .postprocess import count_votes
 from .runs import find_run
 from .season import Place, Season, grid_of
 from .stac import open_source, search
@@ -218,13 +217,6 @@ def _describe(bundle, cube, run, counts, facts): # areas.csv, preview.png and ru
     preview(bundle/'crops.tif', bundle/'preview.png', legend, f'Crops {facts["season_year"]}', facts['source'])
     (bundle/'run.json').write_text(json.dumps(facts, indent=1))
 
-def _vote(bundle, outlines, legend): # parcels.gpkg, and a line about it
-    with rasterio.open(bundle/'crops.tif') as f, rasterio.open(bundle/'confidence.tif') as g:
-        grid, classes, confidence = GeoBox(f.shape, f.transform, f.crs.to_wkt()), f.read(1), g.read(1)
-    voted = vote(classes, confidence, outlines, grid, legend)
-    voted.to_file(bundle/'parcels.gpkg')
-    return f'{(voted.pixels > 0).sum()} of {len(voted)} parcels have a crop; in half of them at least {voted["share"].median():.0%} of the pixels agree'
-
 def _keep_inputs(source, kept, bundle): # The ledger and, if it was made for this map, the cube
     made = Path(source).suffix != '.zarr'
     beside = (kept if made else Path(source)).with_name(f'{(kept if made else Path(source)).stem}.ledger.csv')
@@ -255,28 +247,24 @@ def map_crops(
     season:Season=None, # When
     overwrite:bool=False, # Replace another bundle
     log:Callable=print, # Takes one line of text
-    parcels:str|Path=None, # Vector file of outlines, whose pixels vote
+    parcels:str|Path=None, # Vector file of outlines, whose pixels vote; None: those of the sample, or none
     **kwargs, # window, overlap of `predict_map`
 ) -> Path: # The folder
     "Map the crops of a place and season; the same request returns the bundle that is there."
-    folder, out = find_run(model), ready(out)
-    net, run = load_run(folder)
+    (net, run), out = load_run(folder := find_run(model)), ready(out)
     starts(1000, kwargs.get('window', 128), kwargs.get('overlap', 32)) # refuses an overlap that does not fit
     weights = _digest(*((folder/f).read_bytes() for f in ('model.safetensors', 'run.json')))
-    outlines = None if parcels is None else read_outlines(parcels)
-    drawn = {} if parcels is None else dict(parcels=_digest(Path(parcels).read_bytes()))
-    request = _request(source, _scenes(source, place, season), place, season, model=weights, **drawn, **kwargs)
-    if Path(source).absolute().is_relative_to(out):
-        raise ValueError(f'the source lies in {out}, which would be replaced; name another folder')
+    if str(source) == 'sample' and not (place or parcels): parcels = data_dir()/'sample'/'parcels.gpkg'
+    outlines, drawn = parcels and read_outlines(parcels), parcels and _digest(Path(parcels).read_bytes())
+    request = _request(source, _scenes(source, place, season), place, season, model=weights, parcels=drawn, **kwargs)
+    if Path(source).absolute().is_relative_to(out): raise ValueError(f'the source lies in {out}, which would be replaced; name another folder')
     if _state(out, request, overwrite) == 'same': log(f'{out} is there already'); return out
     kept = _kept(out, request, overwrite)
-    cube = take(source, kept, place, season, bands=_ask(source, run, place, season, log), log=log)
-    check_fit(cube, run)
+    check_fit(cube := take(source, kept, place, season, bands=_ask(source, run, place, season, log), log=log), run)
     with whole(out) as part:
-        part.mkdir()
-        counts, total = paint(cube, net, run, part, place, **kwargs)
+        part.mkdir(); counts, total = paint(cube, net, run, part, place, **kwargs)
         _describe(part, cube, run, counts, describe(cube, run, dict(folder=folder.name, **run['model']), request, total))
-        if parcels is not None: log(_vote(part, outlines, Legend.from_dict(run['legend'])))
+        if parcels: log(count_votes(part, outlines, Legend.from_dict(run['legend'])))
         _keep_inputs(source, kept, part)
     remove(kept.with_name(f'{kept.stem}.ledger.csv'))
     log(f'crop map in {out}: {largest(pd.read_csv(out/"areas.csv"))}')

@@ -71,3 +71,14 @@ def test_bundled_model_maps_it(tmp_path):
     assert main(['map', '--out', str(tmp_path/'map')]) == 0
     crops, truth = (values(p)[0] for p in (tmp_path/'map'/'crops.tif', sample/'labels.tif'))
     assert (crops == truth)[truth > 0].mean() > .6
+    fields = gpd.read_file(tmp_path/'map'/'parcels.gpkg')
+    assert len(fields) == len(gpd.read_file(sample/'parcels.gpkg')) and (fields.pixels > 0).all()
+    assert (fields.mapped_class == fields.class_id).mean() > .6 and fields['share'].between(0, 1).all()
+
+def test_parcels_of_another_place_are_refused(tmp_path, capsys):
+    table = gpd.read_file(sample/'parcels.gpkg')
+    table.set_geometry(table.translate(90_000)).to_file(tmp_path/'far.gpkg')
+    assert main(['map', '--parcels', str(tmp_path/'far.gpkg'), '--out', str(tmp_path/'map')]) == 1
+    assert 'no parcel covers a pixel' in capsys.readouterr().err and not (tmp_path/'map').exists()
+    assert main(['map', '--parcels', str(tmp_path/'none.gpkg'), '--out', str(tmp_path/'map')]) == 1
+    assert 'give a file of parcels' in capsys.readouterr().err
