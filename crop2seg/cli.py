@@ -25,7 +25,7 @@ def place_of(
     "The place that a command names."
     if args.bbox and args.aoi: raise ValueError('a place is given by --bbox or by --aoi; drop one of them')
     if args.aoi: return read_place(args.aoi)
-    if not args.bbox: return None
+    if args.bbox is None: return None
     try: west, south, east, north = (float(v) for v in args.bbox.split(','))
     except ValueError as e: raise ValueError(f'--bbox {args.bbox} is not four numbers; give W,S,E,N in degrees') from e
     return Place.from_bbox(west, south, east, north)
@@ -81,8 +81,8 @@ def _dataset(args): # Cube and labels -> patches
 def _sheets(args): # Nothing -> patches of simulated fields
     from crop2seg.output import ready
     from crop2seg.simulated import write_simulated
-    given = [f'--{k}' for k in ('source', 'parcels', 'labels', 'bbox', 'aoi', 'season', 'start', 'end')
-             if getattr(args, k) not in (None, 'sample')]
+    given = [f'--{k}' for k in ('source', 'parcels', 'labels', 'bbox', 'aoi', 'season', 'start', 'end', 'complete')
+             if getattr(args, k) not in (None, 'sample', False)]
     if given: raise ValueError(f'--simulated makes up its own fields; drop {given[0]}')
     print(f'sheets in {write_simulated(ready(args.out), args.simulated, args.fields, args.seed, args.folds, workers=args.workers)}')
 
@@ -144,9 +144,9 @@ def _architecture(args): # Arguments of the network, tried before anything is wr
 def _evaluate(args): # Run folder(s) -> scores
     "Score runs on the folds that they have not seen."
     from crop2seg.evaluate import evaluate, evaluation_text
+    from crop2seg.runs import find_run
     root = Path(args.run)
-    runs = [root] if (root/'run.json').exists() else sorted(p.parent for p in root.glob('*/run.json'))
-    if not runs: raise FileNotFoundError(f'{root} holds no run; make one with crop2seg train')
+    runs = [root] if (root/'run.json').exists() else sorted(p.parent for p in root.glob('*/run.json')) or [find_run(root)]
     print(evaluation_text(evaluate(runs, args.data, out=args.out, baseline=not args.no_baseline)))
 
 def _app(args): # Bundle -> dashboard
@@ -182,10 +182,10 @@ def _out(add, what): # Arguments that name an output
 def _simulate_options(add):
     add('out', help='new folder of the season'); add('--season', type=_number(int, 2017, 2100), default=2019, help='year of harvest')
     add('--size', type=_number(int, 2, 20_000), default=256, help='edge of the square, pixels of 10 m, even'); add('--bbox', help='W,S,E,N in degrees, instead of --size')
-    add('--origin', type=float, nargs=2, metavar=('X', 'Y'), help='upper left corner, metres; by default near Prague'); add('--epsg', type=int, default=32633, help='UTM zone of --origin')
+    add('--origin', type=float, nargs=2, metavar=('X', 'Y'), help='upper left corner, metres; by default near Prague'); add('--epsg', type=_number(int, 32601, 32760), default=32633, help='UTM zone of --origin')
     add('--dates', type=_number(int, 0), default=36, help='number of scenes; 0 for all that the orbits bring'); add('--seed', type=_number(int, 0, 2**31), default=0, help='of everything random')
     add('--cloudy', type=_number(float, 0, .99), help='mean cloud cover, 0 to 1; by default that of the climate'); add('--max-cloud', type=_number(float, 0, 1), default=1., help='cloudier scenes are left out')
-    add('--baseline', default='02.12', help='processing baseline, mixed or earth-search'); add('--edges', type=_number(float, 0, 1), default=0., help='chance that the swath of an orbit ends in the area')
+    add('--baseline', default='02.12', help='processing baseline; mixed: 02.12 and 04.00; earth-search: as that catalog tells it, a trap for readers'); add('--edges', type=_number(float, 0, 1), default=0., help='chance that the swath of an orbit ends in the area')
     add('--parcels', type=_number(int, 1), help='parcels wanted, about; by default the landscape is true to size'); add('--region', default='czech', help='shares of the crops: czech, czech_country or varied')
     add('--aoi', help=argparse.SUPPRESS)
 
@@ -275,8 +275,8 @@ def main(
     return 0
 
 def _joined(words): # --bbox -5,50,-4,51 as one word, which argparse would take for an option
-    pairs = zip(['', *words], words)
-    return [f'--bbox={w}' if before == '--bbox' else w for before, w in pairs if w != '--bbox']
+    pairs = zip(['', *words], [*words, None])
+    return [f'--bbox={w or ""}' if before == '--bbox' else w for before, w in pairs if before == '--bbox' or w not in ('--bbox', None)]
 
 def entry(): # The console script
     "Run one verb of the command line and exit."

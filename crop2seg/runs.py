@@ -245,6 +245,6 @@ def check_held_out(
     "Raise ValueError for a run without a held-out fold or one that is not finished."
     t = run['training']
     if t['valid_fold'] is None:
-        raise ValueError(f"{path} was trained without a held-out fold; train with valid_fold to score it")
+        raise ValueError(f"{path} was trained without a held-out fold; train with a fold (--fold) to score it")
     if t['epochs_done'] < t['epochs']:
         raise ValueError(f"{path} stopped after {t['epochs_done']} of {t['epochs']} epochs; resume it first")

@@ -180,7 +180,7 @@ def write_simulated(
     if fields < EDGE**2 or fields % EDGE**2:
         raise ValueError(f'{fields} fields do not fill patches of {EDGE**2}; take a multiple')
     recipe = dict(fields=fields, without=sorted(without), version=RECIPE)
-    part = unfinished(out, recipe)
+    part = unfinished(out, recipe | dict(seed=seed, seasons=seasons)) # nothing of another set is taken over
     task, seeds = partial(_write, folder=part, fields=fields, without=tuple(without)), range(seed, seed + seasons)
     with ProcessPoolExecutor(workers) as pool:
         rows = list(tqdm(pool.map(task, seeds), total=seasons, desc='sheets', disable=None))

@@ -82,3 +82,7 @@ def test_parcels_of_another_place_are_refused(tmp_path, capsys):
     assert 'no parcel covers a pixel' in capsys.readouterr().err and not (tmp_path/'map').exists()
     assert main(['map', '--parcels', str(tmp_path/'none.gpkg'), '--out', str(tmp_path/'map')]) == 1
     assert 'give a file of parcels' in capsys.readouterr().err
+
+def test_a_place_that_was_not_named_is_asked_for(tmp_path, capsys):
+    assert main(['map', '--out', str(tmp_path/'map'), '--bbox']) == 1
+    assert 'give W,S,E,N in degrees' in capsys.readouterr().err and not (tmp_path/'map').exists()
