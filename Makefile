@@ -38,7 +38,7 @@ MODEL_RUN    = data/runs/default-$(SEED)
 model: $(READY)
 	@test -d $(SHEET_FOLDER) || $(BIN)/crop2seg dataset --simulated $(SHEETS) --workers 2 --folds 10 --out $(SHEET_FOLDER)
 	@$(BIN)/crop2seg train --data $(SHEET_FOLDER) --model tempcnn --fold 1 --epochs $(EPOCHS) --lr .003 --batch-size 8 \
-	  --temporal-dropout 0 --physics 1.5 --recipe '{"smoothing": 0.05, "wd": 0.02, "augment": false}' --seed $(SEED) --out $(MODEL_RUN) $(ARGS)
+	  --temporal-dropout 0 --physics 1.5 --model-args '{"withhold": [[0, 9], [1, 8], [2, 7], [3, 6], [4, 5]]}' --recipe '{"smoothing": 0.05, "wd": 0.02, "augment": false}' --seed $(SEED) --out $(MODEL_RUN) $(ARGS)
 	@$(if $(filter 0,$(SEED)),mkdir -p data/models/default && cp $(MODEL_RUN)/model.safetensors $(MODEL_RUN)/run.json data/models/default/)
 	@echo "The model lies in $(abspath $(if $(filter 0,$(SEED)),data/models/default,$(MODEL_RUN)))"
 

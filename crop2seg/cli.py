@@ -135,7 +135,7 @@ def _architecture(args): # Arguments of the network, tried before anything is wr
     if {'n_classes', 'n_bands'} & set(options):
         raise ValueError(f'--model-args {args.model_args} must be a JSON object without n_classes and '
                          'n_bands, which the data decide')
-    try: build(name, n_classes=2, n_bands=2, **options)
+    try: build(name, n_classes=2, n_bands=10, **options)
     except (TypeError, RuntimeError) as e:
         raise ValueError(f'--model-args {args.model_args} do not make a {name} ({e})') from e
     return options

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STEP', 'FIRST', 'STEPS', 'clock', 'laid', 'filled', 'TempCNN']
 
-# %% ../../nbs/48_models.tempcnn.ipynb #48ac4c09
+# %% ../../nbs/48_models.tempcnn.ipynb #a0fb01b4
+from math import log
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,7 +51,7 @@ def _told(v, weight): # What the network sees of each step: the line, inside or 
     line, inside, far = filled(v, weight > 0)
     return torch.cat([line, torch.stack([inside.to(v), weight.clamp(max=3), far.clamp(max=9)/3], -1)], -1)
 
-# %% ../../nbs/48_models.tempcnn.ipynb #10c508e2
+# %% ../../nbs/48_models.tempcnn.ipynb #5850487d
 def _pixels(x, days, pad, clear): # Pixels on the clock (N D C) and their weights (N D)
     seen = (~pad)[:, :, None, None].expand(*x.shape[:2], *x.shape[3:])
     if clear is not None: # a pixel never clear takes what there is
@@ -58,7 +59,22 @@ def _pixels(x, days, pad, clear): # Pixels on the clock (N D C) and their weight
     mean, weight = laid(x, days, seen)
     return rearrange(mean, 'b d c h w -> (b h w) d c'), rearrange(weight, 'b d h w -> (b h w) d')
 
-# %% ../../nbs/48_models.tempcnn.ipynb #dbc221f0
+def _bands(withhold, n_bands): # Groups of bands as tuples; ValueError for a band that is none
+    if odd := [b for bands in withhold for b in bands if not 0 <= b < n_bands]:
+        raise ValueError(f'band {odd[0]} cannot be withheld; the bands are 0 to {n_bands - 1}')
+    return [tuple(bands) for bands in withhold]
+
+def _parts(net, x, days, pad, clear): # Some pixels after the other, as the network sees them
+    parts = (a.split(len(a) if net.training else net.chunk) for a in _pixels(x, days, pad, clear))
+    return (_told(v, w) for v, w in zip(*parts))
+
+def _ask(net, told): # Log of the mean probability of passes that each lack some bands; the plain answer without such
+    if net.training or not net.withhold: return net.season(told)
+    without = lambda bands: told.index_fill(-1, torch.tensor(bands, dtype=torch.long, device=told.device), 0)
+    each = torch.stack([net.season(without(bands)).log_softmax(-1) for bands in net.withhold])
+    return each.logsumexp(0) - log(len(net.withhold))
+
+# %% ../../nbs/48_models.tempcnn.ipynb #0bc45658
 class TempCNN(nn.Module):
     "Classify every pixel by its own season: x (B T C H W), days, pad (B T), clear (B T H W) -> logits (B K H W)."
     def __init__(self,
@@ -69,9 +85,10 @@ class TempCNN(nn.Module):
         n_head:int=4, # Weighted means over the season
         dropout:float=.1, # Of the features before the last layer, in training
         chunk:int=8192, # Pixels at a time in evaluation mode
+        withhold:tuple=(), # In evaluation mode, bands left out of each pass; (): one pass with all
     ):
         super().__init__()
-        self.chunk = chunk
+        self.chunk, self.withhold = chunk, _bands(withhold, n_bands)
         self.enter = nn.Conv1d(n_bands + 3, width, 5, stride=2, padding=2)
         self.place = nn.Parameter(.1*torch.randn(width, (STEPS + 1)//2))
         self.convs = nn.ModuleList(nn.Conv1d(width, width, 3, padding=s, dilation=s, bias=False) for s in spread)
@@ -80,7 +97,6 @@ class TempCNN(nn.Module):
         self.join = nn.Sequential(nn.Linear(n_head*width, 2*width), nn.ReLU(inplace=True), nn.Dropout(dropout))
         self.head = nn.Linear(2*width, n_classes)
         nn.init.zeros_(self.head.bias)
-
     def season(self, x:Float[Tensor, "N D C"]) -> Float[Tensor, "N K"]: # Pixels on the even clock
         h = self.enter(x.transpose(1, 2)) + self.place
         for conv, norm in zip(self.convs, self.norms): h = h + F.relu(norm(conv(h)))
@@ -88,6 +104,5 @@ class TempCNN(nn.Module):
 
     def forward(self, x:Float[Tensor, "B T C H W"], days:Int[Tensor, "B T"], pad:Bool[Tensor, "B T"],
                 clear:Bool[Tensor, "B T H W"]|None=None) -> Float[Tensor, "B K H W"]:
-        parts = (a.split(len(a) if self.training else self.chunk) for a in _pixels(x, days, pad, clear))
-        logits = torch.cat([self.season(_told(v, w)) for v, w in zip(*parts)])
+        logits = torch.cat([_ask(self, told) for told in _parts(self, x, days, pad, clear)])
         return rearrange(logits, '(b h w) k -> b k h w', b=len(x), h=x.shape[-2])
