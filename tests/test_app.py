@@ -15,7 +15,8 @@ flags = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-backgroun
 def bundle(tmp_path_factory):
     "A map of a simulated season by a tiny network."
     import torch
-    from crop2seg.pipeline import make_cube, make_dataset, map_crops
+    from crop2seg.observe import make_cube
+    from crop2seg.pipeline import make_dataset, map_crops
     from crop2seg.simulate import simulate
     from crop2seg.training import train
     torch.set_num_threads(1)

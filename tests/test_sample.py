@@ -6,7 +6,7 @@ from rasterio.features import geometry_mask
 from crop2seg.bands import BANDS
 from crop2seg.cli import main
 from crop2seg.legend import read_legend
-from crop2seg.pipeline import make_cube
+from crop2seg.observe import make_cube
 from crop2seg.stac import open_source, search
 
 sample = Path(__file__).parents[1]/'data'/'sample'

@@ -5,7 +5,7 @@ from crop2seg.bands import BANDS
 from crop2seg.cli import main
 from crop2seg.few_shot import few_shot
 from crop2seg.legend import read_legend
-from crop2seg.pipeline import take
+from crop2seg.observe import take
 from crop2seg.places import read_bavaria, read_place
 from crop2seg.season import Season
 from crop2seg.simulated import sheet, write_simulated
