@@ -79,6 +79,7 @@ TABLE = [
     ('train --data {h}/patches --model-args {{', 'JSON'),
     ('train --data {h}/patches --model-args 5', 'must be a JSON object'),
     ('train --data {h}/patches --model-args {{"widths":"abc"}}', 'do not make a timeunet'),
+    ('train --data {h}/patches --model tempcnn --model-args {{"withhold":[[0,10]]}}', 'band 10 cannot be withheld'),
     ('train --data {h}/patches --from {h}/none', 'there is no model'),
     ('train --data {h}/patches --from {h}/run_bands', 'use the same bands'),
     ('train --data {h}/patches --from {h}/run_names', 'set keep to 0'),
