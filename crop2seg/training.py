@@ -170,7 +170,7 @@ def load_run(
 
 # %% ../nbs/52_training.ipynb #56034059
 # What differs from a usual recipe
-TUNED = dict(tune='head', keep=5., epochs=30, lr=3e-3, temporal_dropout=0., augment=False)
+TUNED = dict(tune='head', keep=20., epochs=30, lr=3e-3, temporal_dropout=0., augment=False)
 
 def tuned(
     start:str|Path, # Run folder or name of a bundled model

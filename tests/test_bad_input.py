@@ -142,7 +142,7 @@ def test_a_run_is_not_tuned_onto_itself(here, capfd):
 def test_tuning_goes_on(here, capfd):
     words = ['train', '--data', str(here/'patches'), '--from', str(here/'run'), '--epochs', '1', '--out', str(here/'tuned')]
     assert main(words) == 0 and main(words) == 0
-    assert main(words + ['--keep', '2']) == 1 and 'begun with keep 5.0, not 2.0' in capfd.readouterr().err
+    assert main(words + ['--keep', '2']) == 1 and 'begun with keep 20.0, not 2.0' in capfd.readouterr().err
 
 def test_what_is_there_stays(here, capfd):
     (here/'mine').mkdir(); (here/'mine'/'thesis.txt').write_text('years of work')
