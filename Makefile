@@ -15,7 +15,7 @@ BIN   := $(VENV)/bin
 .PHONY: help setup map model app test lab docs bench
 help:
 	@echo "make map     a crop map of the sample; or [SOURCE=path/to/catalog.json] [MODEL=path/to/run] [OUT=folder] [ARGS=...]"
-	@echo "make model   the bundled model anew, from simulation alone: half an hour; stopped, it goes on;"
+	@echo "make model   the bundled model anew, from simulation alone: about 20 minutes; stopped, it goes on;"
 	@echo "             SEED=1 trains another on the same fields and keeps it in data/runs; [SHEETS=240] [EPOCHS=9]"
 	@echo "make app     the map that make map made, in the browser; BUNDLE=folder opens another"
 	@echo "make test    every check that CI runs; the last line counts them"

@@ -63,6 +63,7 @@ class Keep(Callback):
     order, run_valid = 5, False
     def __init__(self, teacher:nn.Module, strength:float, void:int|None):
         self.teacher, self.strength, self.void_id = teacher.eval().requires_grad_(False), strength, void
+        self.teacher.withhold = () # asked once with all bands, as a model in training is
     def after_loss(self):
         if self.void_id is None: return
         (x, days, pad, clear), labels = self.xb, self.yb[0]

@@ -86,8 +86,9 @@ def _dataset_options(add):
     add('--fields', type=_number(int, 1, 10**6), default=1024, help='of a simulated sheet, a multiple of 256')
     add('--workers', type=_number(int, 1, 256), default=1, help='processes that simulate')
 
-# %% ../nbs/70_options.ipynb #53bb2b2a
+# %% ../nbs/70_options.ipynb #da4654f8
 def _fold(text): return text if text in ('all', 'none') else int(text) # A fold of train
+_fold.__name__ = 'fold (a number, all or none)' # as argparse names it in its message
 
 def _train_options(add):
     add('--data', required=True, help='folder of patches'); _out(add, 'run folder, or folder of one run a fold')
@@ -98,7 +99,7 @@ def _train_options(add):
     add('--batch-size', type=_number(int, 1), help='patches (default: 4)'); add('--lr', type=_number(float, 1e-8, 1), help=usual('peak learning rate', '.002', '.003'))
     add('--temporal-dropout', type=_number(float, 0, 1), help=usual('share of dates left out at random', '.2', '0')); add('--seed', type=_number(int, 0, 2**31), default=0, help='of everything random')
     add('--physics', type=_number(float, 0, 2), help='strength of the errors of sensor and sky drawn in training, which also lets a model cope with missing bands (default: 0)')
-    add('--keep', type=_number(float, 0, 100), help='with --from: how strongly pixels without a label are held to what the model said (default: 20)')
+    add('--keep', type=_number(float, 0, 100), help='with --from: how strongly pixels without a label are held to what the model said (default: 5)')
     add('--recipe', default='{}', help='JSON of its rarer fields: wd, clip, augment, loss, class_weights, smoothing, select')
     add('--tune', choices=('all', 'head'), help='with --from: weights that move (default: head)')
 

@@ -51,7 +51,7 @@ def _told(v, weight): # What the network sees of each step: the line, inside or 
     line, inside, far = filled(v, weight > 0)
     return torch.cat([line, torch.stack([inside.to(v), weight.clamp(max=3), far.clamp(max=9)/3], -1)], -1)
 
-# %% ../../nbs/48_models.tempcnn.ipynb #09428a1c
+# %% ../../nbs/48_models.tempcnn.ipynb #644da4ab
 def _pixels(x, days, pad, clear): # Pixels on the clock (N D C) and their weights (N D)
     seen = (~pad)[:, :, None, None].expand(*x.shape[:2], *x.shape[3:])
     if clear is not None: # a pixel never clear takes what there is
@@ -60,8 +60,11 @@ def _pixels(x, days, pad, clear): # Pixels on the clock (N D C) and their weight
     return rearrange(mean, 'b d c h w -> (b h w) d c'), rearrange(weight, 'b d h w -> (b h w) d')
 
 def _bands(withhold, n_bands): # Groups of bands as tuples; ValueError for a band that is none
+    if not (isinstance(withhold, (list, tuple)) and all(isinstance(g, (list, tuple)) and all(type(b) is int for b in g) for g in withhold)):
+        raise ValueError(f'withhold is {withhold!r}; give groups of band numbers, such as [[0, 9], [1, 8]]')
     if odd := [b for bands in withhold for b in bands if b not in range(n_bands)]:
         raise ValueError(f'band {odd[0]} cannot be withheld; the bands are 0 to {n_bands - 1}')
+    if any(len(set(bands)) == n_bands for bands in withhold): raise ValueError('a pass without any band says nothing; withhold fewer')
     return [tuple(bands) for bands in withhold]
 
 def _parts(net, x, days, pad, clear): # Some pixels after the other, as the network sees them
