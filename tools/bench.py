@@ -1,42 +1,145 @@
 """Speed of the main steps, as ratios within one run on a simulated season: `make bench`.
 Each pair is timed alternately, best of five; only the ratio means something on another machine."""
-import tempfile, time, warnings
+import json, os, resource, subprocess, sys, tempfile, time, warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import numpy as np, odc.stac, rasterio, torch
+import numpy as np, odc.stac, pystac, rasterio, torch, xarray as xr
+from odc.geo.converters import rio_geobox
+from rasterio.enums import Resampling
+from rasterio.warp import reproject
+from scipy.linalg import solveh_banded
+from crop2seg.bands import BANDS, reflectance
 from crop2seg.clouds import add_clear
-from crop2seg.cube import load_cube, native_grid, open_cube, save_cube
+from crop2seg.cube import load_cube, native_grid, open_cube, save_cube, scenes_of
 from crop2seg.dataset import CropDataset
+from crop2seg.fetch import fetch, fetched_cube
 from crop2seg.harmonise import ledger
 from crop2seg.legend import read_legend
 from crop2seg.mapping import predict_map
 from crop2seg.models.zoo import build
 from crop2seg.parcels import burn, read_parcels
 from crop2seg.patches import read_patch, write_dataset
+from crop2seg.regular import day_clock, regular
 from crop2seg.season import Season
 from crop2seg.simulate import simulate
+from crop2seg.smooth import stiffness
 from crop2seg.stac import band_assets, open_source, search
 
-def race(title, ours, other, rounds=5):
-    "Print how long `ours` takes in units of `other`."
+def race(title, ours, other, rounds=5, work=0):
+    "Print how long `ours` takes in units of `other`, and Mpx x dates a second where `work` says how many there are."
     best = [float('inf')] * 2
     for _ in range(rounds):
         for i, f in enumerate((ours, other)):
             t = time.perf_counter(); f(); best[i] = min(best[i], time.perf_counter() - t)
-    print(f'{title:<72}{best[0] / best[1]:6.2f}   ({best[0] * 1e3:.0f} ms against {best[1] * 1e3:.0f} ms)', flush=True)
+    print(f'{title:<72}{best[0] / best[1]:6.2f}   ({best[0] * 1e3:.0f} ms against {best[1] * 1e3:.0f} ms'
+          + (f'; {work / best[0]:.2f} against {work / best[1]:.2f} Mpx x dates/s' if work else '') + ')', flush=True)
+
+def even(dates=61, bands=10, edge=64, steps=24):
+    "Filling gaps, and filling with smoothing, of a random cube: ours against xarray and against SciPy pixel by pixel."
+    rng = np.random.default_rng(0)
+    clock = day_clock(Season(2019, '2018-11-01', '2019-10-31'), 365//steps + 1)
+    times = clock.edges[0] + np.sort(rng.choice(365, dates, replace=False))
+    x, clear = rng.random((dates, bands, edge, edge), dtype=np.float32), rng.random((dates, edge, edge)) > .5
+    cube = xr.Dataset({'reflectance': (('time', 'band', 'y', 'x'), x), 'clear': (('time', 'y', 'x'), clear)},
+                      coords={'time': times.astype('datetime64[ns]')})
+    centres, work = xr.DataArray(clock.centres, dims='time'), dates*edge*edge/1e6
+    lam = stiffness(90/clock.step)
+    bend = lam*(lambda d: d.T @ d)(np.diff(np.eye(len(clock)), 2, axis=0))
+    theirs = lambda: cube.reflectance.where(cube.clear).interpolate_na('time').interp(time=centres)
+    def scipy():
+        raw = regular(cube, clock, gaps='keep')
+        y, w = raw.reflectance.values, raw.looks.values > 0
+        for i in np.ndindex(edge, edge):
+            ab = np.stack([np.r_[0, 0, bend.diagonal(2)], np.r_[0, bend.diagonal(1)], bend.diagonal() + w[:, *i]])
+            solveh_banded(ab, np.where(w[:, *i, None], y[:, :, *i], 0))
+    race(f'even clock, {dates} dates to {len(clock)} steps: regular(linear) / xarray interpolate_na + interp',
+         lambda: regular(cube, clock, how='linear', gaps='nan'), theirs, rounds=3, work=work)
+    race('even clock: regular(median, smooth) / the same composite smoothed pixel by pixel by SciPy',
+         lambda: regular(cube, clock, smooth=90), scipy, rounds=3, work=work)
+
+def windows(items, grid):
+    "The cube by hand: a window of each file with rasterio, resampled where it must be, in as many threads as Dask has."
+    keys, out = band_assets(items[0]), np.empty((len(items), 10, *grid.shape), 'float32')
+    scl = np.empty((len(items), *grid.shape), 'uint8')
+    def one(job):
+        t, band = job
+        with rasterio.open(items[t].assets[keys[band]].get_absolute_href()) as f:
+            at = rio_geobox(f)
+            if at.resolution == grid.resolution: dn = f.read(1, window=f.window(*grid.boundingbox))
+            else: dn, _ = reproject(rasterio.band(f, 1), np.zeros(grid.shape, 'uint16'), src_nodata=0, dst_nodata=0, dst_crs=str(grid.crs),
+                                    dst_transform=grid.affine, resampling=Resampling.nearest if band == 'SCL' else Resampling.cubic)
+        if band == 'SCL': scl[t] = dn
+        else: out[t, BANDS.index(band)] = reflectance(dn)
+    with ThreadPoolExecutor(os.cpu_count()) as pool: list(pool.map(one, [(t, b) for t in range(len(items)) for b in keys]))
+    return out, scl
+
+def plain(items, grid):
+    "The cube of odc-stac, its numbers turned into the same reflectance."
+    keys = band_assets(items[0])
+    cube = odc.stac.load(items, bands=list(keys.values()), geobox=grid, groupby='solar_day', chunks={}, nodata=0,
+                         dtype='uint16', resampling={keys['SCL']: 'nearest', '*': 'cubic'}).compute()
+    return np.stack([reflectance(cube[keys[b]].values) for b in BANDS], 1), cube[keys['SCL']].values.astype('uint8')
+
+def load(items, rows, grid):
+    "Ours."
+    cube = load_cube(items, rows, grid).compute()
+    return cube.reflectance.values, cube.scl.values
+
+def grow(items, folder, edge):
+    "A season of scenes of `edge` pixels: a small one, laid again and again like tiles."
+    folder.mkdir()
+    for item in (items := [i.clone() for i in items]):
+        for band, key in band_assets(item).items():
+            asset, path = item.assets[key], folder/f'{item.id}.{band}.tif'
+            with rasterio.open(asset.get_absolute_href()) as f: values, at = f.read(1), f.transform
+            wide = edge * 10 // round(at.a)
+            values = np.tile(values, [-(-wide // n) for n in values.shape])[:wide, :wide]
+            with rasterio.open(path, 'w', driver='COG', width=wide, height=wide, count=1, dtype=values.dtype, crs=item.properties['proj:code'],
+                               transform=at, nodata=0, compress='deflate', predictor=2, blocksize=512, overviews='none') as f: f.write(values, 1)
+            asset.href, asset.extra_fields['proj:shape'] = str(path), [wide, wide]
+    return items
+
+def cost(folder, edge):
+    "In a process of its own: bring a place home, put it together, save it; what that takes."
+    warnings.simplefilter('ignore')
+    items = [pystac.Item.from_dict(d) for d in json.loads((Path(folder)/'items.json').read_text())]
+    grid, rows, before = native_grid(items), ledger(items, Season(2019)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scenes, start = scenes_of(items, rows), time.perf_counter()
+    got = fetch(scenes, grid, (*BANDS, 'SCL'), Path(folder)/'scratch')
+    middle = time.perf_counter()
+    save_cube(fetched_cube(scenes, grid, BANDS, Path(folder)/'scratch'), Path(folder)/'cube.zarr')
+    end, size = time.perf_counter(), len(scenes) * 22 * edge ** 2 / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f'cube of {edge**2 / 1e4:5.0f} km2, {len(scenes)} dates ({size:.0f} MB): fetched at {size / (middle - start):.0f} MB/s '
+          f'({got.bytes.sum() / 1e6:.1f} MB stored), assembled and saved at {size / (end - middle):.0f} MB/s; '
+          f'peak memory {peak / 1024:.0f} MB, {before / 1024:.0f} MB of it before the first byte', flush=True)
+
+def cubes(here):
+    "Loading a cube: ours beside two others at equal output, then what 1, 10 and 100 km2 take."
+    items = search(open_source(simulate(here/'tile', size=128, dates=12, parcels=60)))
+    for edge in (128, 1024):
+        large = grow(items, here/f'edge{edge}', edge)
+        grid, rows = native_grid(large), ledger(large, Season(2019))
+        results = [load(large, rows, grid), plain(large, grid), windows(large, grid)]
+        for other in results[1:]: assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(results[0], other))
+        ours, odc_, rio = (lambda: load(large, rows, grid)), (lambda: plain(large, grid)), (lambda: windows(large, grid))
+        race(f'cube of {edge} px x 12 dates: load_cube / odc.stac.load + compute', ours, odc_, rounds=5 if edge < 500 else 3)
+        race(f'cube of {edge} px x 12 dates: load_cube / rasterio, window by window', ours, rio, rounds=5 if edge < 500 else 3)
+    for edge in (100, 316, 1000):
+        folder = here/f'km{edge}'
+        few = grow(items, folder, edge)
+        (folder/'items.json').write_text(json.dumps([i.to_dict(include_self_link=False) for i in few]))
+        subprocess.run([sys.executable, __file__, 'cost', str(folder), str(edge)], check=True)
 
 def main():
     warnings.simplefilter('ignore'); torch.set_num_threads(1)
+    even()
     legend = read_legend()
     with tempfile.TemporaryDirectory() as tmp:
         here = Path(tmp)
         items = search(open_source(simulate(here/'season', size=128, dates=20, parcels=60)))
         grid, rows = native_grid(items), ledger(items, Season(2019))
-        keys = list(band_assets(items[0]).values())
-        plain = lambda: odc.stac.load(items, bands=keys, geobox=grid, groupby='solar_day', chunks={}, resampling='cubic').compute()
-        files = lambda: [rasterio.open(i.assets[k].get_absolute_href()).read(1) for i in items for k in keys]
-        ours = lambda: load_cube(items, rows, grid).compute()
-        race('cube: load_cube / odc.stac.load', ours, plain)
-        race('cube: load_cube / reading every file whole, no resampling', ours, files)
+        cubes(here)
         cube = open_cube(save_cube(add_clear(load_cube(items, rows, grid)), here/'cube.zarr'))
         labels, ids = burn(read_parcels(here/'season'/'parcels.gpkg', legend), grid, legend.void)
         folder = write_dataset(cube, labels, ids, here/'patches', legend, 2019, size=64, block=640, folds=2)
@@ -52,4 +155,4 @@ def main():
         sweep = lambda **kw: lambda: [None for _ in predict_map(small, net, run, **kw)]
         race('map of 96 px: windows of 64 px overlapping by 32 / one window', sweep(window=64, overlap=32), sweep(window=96), rounds=2)
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': cost(sys.argv[2], int(sys.argv[3])) if sys.argv[1:2] == ['cost'] else main()
