@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'main', 'entry']
 
-# %% ../nbs/71_cli.ipynb #39f7b740
+# %% ../nbs/71_cli.ipynb #59e7d60a
 import argparse
 import json
 import os
@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from rasterio.errors import NotGeoreferencedWarning
 from . import __version__
-from .options import OPTIONS, place_of, season_of_args
+from .options import OPTIONS, place_of, reading_of, season_of_args
 
 # %% ../nbs/71_cli.ipynb #3017548b
 def _simulate(args): # A season -> static catalog and truth
@@ -35,34 +35,49 @@ def _simulate(args): # A season -> static catalog and truth
                    progress=told if sys.stderr.isatty() else None, **where)
     print(f'simulated season: {out}')
 
-# %% ../nbs/71_cli.ipynb #6413a7fe
-def _cube(args): # Place and season -> Zarr cube and its ledger
-    "Build the cube of a place and season, with its ledger."
-    from crop2seg.observe import make_cube
-    make_cube(args.source, args.out, place_of(args), season_of_args(args), margin=args.cloud_margin,
-              least=args.min_clear, overwrite=args.overwrite)
+# %% ../nbs/71_cli.ipynb #ac6763a6
+def _scenes(args): # Source -> table of scenes
+    "List the scenes of a place and season, and what is known of them."
+    from crop2seg.observe import Request, found
+    how = reading_of(args)
+    _, season, rows = found(Request(args.source, place_of(args), season_of_args(args), search=how['limits']), how['policy'])
+    if args.json: return print(rows.to_json(orient='records', date_format='iso', indent=1))
+    table = rows[['scene', 'datetime', 'tile', 'cloud_cover', 'baseline', 'offset', 'verdict', 'status', 'reason']]
+    print(table.assign(datetime=rows.datetime.map(lambda t: f'{t:%Y-%m-%d %H:%M}')).to_string(index=False, max_colwidth=60))
+    print(f'season {season.year}: {len(rows)} scenes; an ambiguous offset is settled on the pixels when a cube is made')
 
+def _cube(args): # Place and season -> Zarr cube and its ledgers
+    "Build the cube of a place and season, with its ledgers."
+    from crop2seg.observe import Request, make_cube, plan
+    how, where = reading_of(args), (place_of(args), season_of_args(args))
+    if args.dry_run:
+        cost = plan(Request(args.source, *where, search=how['limits']), how['policy'], args.workers)
+        return print('at most {scenes} scenes, {assets} files, {rows} x {columns} pixels, about {megabytes:.1f} MB, {seconds} s'.format(megabytes=cost['bytes']/1e6, **cost))
+    make_cube(args.source, args.out, *where, margin=args.cloud_margin, least=args.min_clear, overwrite=args.overwrite,
+              clouds=dict(classes=args.clear_set, detector=args.detector, outliers=args.temporal_test), **how)
+
+# %% ../nbs/71_cli.ipynb #649dc0ea
 def _dataset(args): # Cube and labels -> patches
     "Cut labelled patches out of a cube, or simulate fields."
     from crop2seg.pipeline import make_dataset
     if args.simulated: return _sheets(args)
     make_dataset(args.source, args.out, args.parcels, args.labels, args.column, args.complete,
-                 place_of(args), season_of_args(args),
+                 place_of(args), season_of_args(args), reading=reading_of(args),
                  size=args.size, block=args.block, folds=args.folds, labelled=args.min_labelled, seed=args.seed)
 
 def _sheets(args): # Nothing -> patches of simulated fields
     from crop2seg.output import ready
     from crop2seg.simulated import write_simulated
-    given = [f'--{k}' for k in ('source', 'parcels', 'labels', 'bbox', 'aoi', 'season', 'start', 'end', 'complete')
+    given = [f'--{k}' for k in ('source', 'parcels', 'labels', 'bbox', 'aoi', 'place', 'season', 'start', 'end', 'complete')
              if getattr(args, k) not in (None, 'sample', False)]
     if given: raise ValueError(f'--simulated makes up its own fields; drop {given[0]}')
-    print(f'sheets in {write_simulated(ready(args.out), args.simulated, args.fields, args.seed, args.folds, workers=args.workers)}')
+    print(f'sheets in {write_simulated(ready(args.out), args.simulated, args.fields, args.seed, args.folds, workers=min(args.workers, os.cpu_count()))}')
 
 def _map(args): # Source and model -> bundle
     "Map the crops of a place and season."
     from crop2seg.pipeline import map_crops
     map_crops(args.source, args.out, args.model, place_of(args), season_of_args(args),
-              args.overwrite, parcels=args.parcels, window=args.window, overlap=args.overlap)
+              args.overwrite, parcels=args.parcels, reading=reading_of(args), window=args.window, overlap=args.overlap)
 
 # %% ../nbs/71_cli.ipynb #8a423731
 def _train(args): # Patches -> run folder(s)
@@ -133,7 +148,7 @@ def _app(args): # Bundle -> dashboard
     subprocess.run([sys.executable, '-m', 'panel', 'serve', str(page), '--port', str(args.port), *show],
                    env=os.environ | bundle, check=True)
 
-# %% ../nbs/71_cli.ipynb #c87b3e17
+# %% ../nbs/71_cli.ipynb #bb3732b4
 class _Help(argparse.ArgumentDefaultsHelpFormatter): # Names a default where there is one
     def _get_help_string(self, action): return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
@@ -142,7 +157,7 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
     top = argparse.ArgumentParser('crop2seg', description='Crop maps from Sentinel-2 time series.')
     top.add_argument('--version', action='version', version=f'crop2seg {__version__}')
     verbs = top.add_subparsers(dest='verb', required=True, metavar='VERB')
-    does = dict(simulate=_simulate, cube=_cube, dataset=_dataset, train=_train, evaluate=_evaluate, map=_map, app=_app)
+    does = dict(simulate=_simulate, scenes=_scenes, cube=_cube, dataset=_dataset, train=_train, evaluate=_evaluate, map=_map, app=_app)
     for name, run in does.items():
         verb = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, formatter_class=_Help)
         verb.set_defaults(do=run)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_dataset', 'paint', 'describe', 'map_crops']
 
-# %% ../nbs/70_pipeline.ipynb #fad871e3
+# %% ../nbs/70_pipeline.ipynb #0bb8babb
 import json, os, shutil
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -21,7 +21,7 @@ from .areas import UNSEEN, area_table, count_classes, largest
 from .export import append, finish, preview, strips, to_classes
 from .legend import Legend, data_dir, read_legend
 from .mapping import check_fit, predict_map, starts
-from .observe import digest, request_of, scenes_of, take
+from .observe import digest, request_of, scenes_of_source, take
 from .output import ready, remove, whole
 from .parcels import burn, read_labels, read_outlines, read_parcels
 from .patches import write_dataset
@@ -32,7 +32,7 @@ from .season import Place, Season
 from .stac import open_source, search
 from .training import load_run
 
-# %% ../nbs/70_pipeline.ipynb #06e940ac
+# %% ../nbs/70_pipeline.ipynb #8f305736
 def make_dataset(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # New folder of patches
@@ -43,6 +43,7 @@ def make_dataset(
     place:Place=None, # Where
     season:Season=None, # When
     log:Callable=print, # Takes one line of text
+    reading:dict={}, # limits, policy, scheduler, patience, workers of `make_cube`
     **kwargs, # size, block, folds, labelled, seed of `write_dataset`
 ) -> Path: # The folder
     "Cut a source and its labels into a patch data set."
@@ -51,18 +52,22 @@ def make_dataset(
     if bool(parcels) == bool(labels):
         raise ValueError('labels come either from parcels or from a raster; give exactly one of the two')
     table = parcels and read_parcels(parcels, legend, column)
-    cube = take(source, out.with_name(f'{out.name}.cube.zarr'), place, season, log=log)
+    cube = take(source, out.with_name(f'{out.name}.cube.zarr'), place, season, log=log, **reading)
     grid = GeoBox((cube.sizes['y'], cube.sizes['x']), cube.rio.transform(), cube.rio.crs.to_wkt())
     image, ids = burn(table, grid, 0 if complete else legend.void) if parcels else read_labels(labels, grid, legend)
     return write_dataset(cube, image, ids, out, legend, int(cube.attrs['season_year']), **kwargs)
 
-# %% ../nbs/70_pipeline.ipynb #19fb18ab
-def _ask(source, run, place, season, log): # Bands of a model, without those that it can miss and the source does not hold
+# %% ../nbs/70_pipeline.ipynb #8652fc2f
+def _ask(source, run, place, season, log, reading): # Bands of a model, without those that it can miss and the source does not hold
     want = tuple(run['bands'])
     if not run.get('drops_bands') or Path(source).suffix == '.zarr': return want
-    held = held_bands(search(open_source(source), place, season), want)
+    held = held_bands(search(open_source(source, reading.get('policy')), place, season, **reading.get('limits', {})), want)
     if held != want: log(f'the source lacks {", ".join(b for b in want if b not in held)}; the model does without')
     return held
+
+def _asked(source, place, season, reading, **more): # What was asked for
+    scenes = scenes_of_source(source, place, season, reading.get('policy'), **reading.get('limits', {}))
+    return request_of(source, scenes, place, season, **more)
 
 # %% ../nbs/70_pipeline.ipynb #e10fb71b
 def paint(
@@ -97,7 +102,7 @@ def _inside(place, grid): # Pixels whose centre lies in the place
     local = transform_geom('EPSG:4326', grid.crs.to_wkt(), place.geometry.__geo_interface__)
     return geometry_mask([local], grid.shape, grid.affine, invert=True)
 
-# %% ../nbs/70_pipeline.ipynb #5aa04f5f
+# %% ../nbs/70_pipeline.ipynb #6b4bef7c
 def _state(out, request, overwrite): # 'free' or 'same'; ValueError for what must not be replaced
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return 'free'
     try: same = json.loads((out/'run.json').read_text())['request'] == json.loads(json.dumps(request))
@@ -107,8 +112,8 @@ def _state(out, request, overwrite): # 'free' or 'same'; ValueError for what mus
 
 def _kept(out, request, overwrite): # Where the cube of an interrupted request waits to be found again
     kept = out.with_name(f'.{out.name}.{digest(json.dumps(request))}.cube.zarr')
-    for old in out.parent.glob(f'.{out.name}.*.cube.zarr'):
-        if old != kept or overwrite: remove(old)
+    for old in (*out.parent.glob(f'.{out.name}.*.cube.zarr'), *out.parent.glob(f'.{out.name}.*.pieces')):
+        if not old.name.startswith(f'{kept.stem}.') or overwrite: remove(old)
     return kept
 
 def _credit(cube): # Whose data
@@ -122,11 +127,15 @@ def _describe(bundle, cube, run, counts, facts): # areas.csv, preview.png and ru
     preview(bundle/'crops.tif', bundle/'preview.png', legend, f'Crops {facts["season_year"]}', facts['source'])
     (bundle/'run.json').write_text(json.dumps(facts, indent=1))
 
-def _keep_inputs(source, kept, bundle): # The ledger and, if it was made for this map, the cube
+def _keep_inputs(source, kept, bundle): # The ledgers and, if it was made for this map, the cube
     made = Path(source).suffix != '.zarr'
-    beside = (kept if made else Path(source)).with_name(f'{(kept if made else Path(source)).stem}.ledger.csv')
-    if beside.exists(): shutil.copyfile(beside, bundle/'ledger.csv')
-    if made: os.replace(kept, bundle/'cube.zarr')
+    for book in _books(kept if made else Path(source)):
+        if book.exists(): shutil.copyfile(book, bundle/'.'.join(book.name.split('.')[-2:]))
+    if not made: return
+    os.replace(kept, bundle/'cube.zarr')
+    for book in _books(kept): remove(book)
+
+def _books(cube): return [cube.with_name(f'{cube.stem}.{kind}.csv') for kind in ('ledger', 'assets')] # Ledgers beside a cube
 
 # %% ../nbs/70_pipeline.ipynb #fe3a7859
 def describe(
@@ -143,7 +152,7 @@ def describe(
                 legend=run['legend'], crs=cube.rio.crs.to_string(), transform=list(cube.rio.transform())[:6], mapped_pixels=total,
                 cube=str(Path(source).absolute()) if Path(source).suffix == '.zarr' else 'cube.zarr', note='Areas are counts of pixels, without an interval.')
 
-# %% ../nbs/70_pipeline.ipynb #4b5b14ac
+# %% ../nbs/70_pipeline.ipynb #4180ecbb
 def map_crops(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # Folder of the bundle
@@ -153,6 +162,7 @@ def map_crops(
     overwrite:bool=False, # Replace another bundle
     log:Callable=print, # Takes one line of text
     parcels:str|Path=None, # Vector file of outlines, whose pixels vote; None: those of the sample, or none
+    reading:dict={}, # limits, policy, scheduler, patience, workers of `make_cube`
     **kwargs, # window, overlap of `predict_map`
 ) -> Path: # The folder
     "Map the crops of a place and season; the same request returns the bundle that is there."
@@ -161,16 +171,15 @@ def map_crops(
     weights = digest(*((folder/f).read_bytes() for f in ('model.safetensors', 'run.json')))
     if str(source) == 'sample' and not (place or parcels): parcels = data_dir()/'sample'/'parcels.gpkg'
     outlines, drawn = parcels and read_outlines(parcels), parcels and digest(Path(parcels).read_bytes())
-    request = request_of(source, scenes_of(source, place, season), place, season, model=weights, parcels=drawn, **kwargs)
+    request = _asked(source, place, season, reading, model=weights, parcels=drawn, **kwargs)
     if Path(source).absolute().is_relative_to(out): raise ValueError(f'the source lies in {out}, which would be replaced; name another folder')
     if _state(out, request, overwrite) == 'same': log(f'{out} is there already'); return out
     kept = _kept(out, request, overwrite)
-    check_fit(cube := take(source, kept, place, season, bands=_ask(source, run, place, season, log), log=log), run)
+    check_fit(cube := take(source, kept, place, season, bands=_ask(source, run, place, season, log, reading), log=log, **reading), run)
     with whole(out) as part:
         part.mkdir(); counts, total = paint(cube, net, run, part, place, **kwargs)
         _describe(part, cube, run, counts, describe(cube, run, dict(folder=folder.name, **run['model']), request, total))
         if parcels: log(count_votes(part, outlines, Legend.from_dict(run['legend'])))
         _keep_inputs(source, kept, part)
-    remove(kept.with_name(f'{kept.stem}.ledger.csv'))
     log(f'crop map in {out}: {largest(pd.read_csv(out/"areas.csv"))}')
     return out

@@ -1,7 +1,7 @@
 "Every wrong input is one sentence and exit 1 (2 for a mistyped command), and leaves nothing half-written"
 import json, shutil
 from pathlib import Path
-import geopandas as gpd, pytest, rasterio
+import geopandas as gpd, pandas as pd, pytest, rasterio
 from crop2seg.cli import main
 from crop2seg.cube import open_cube, save_cube
 from crop2seg.legend import data_dir
@@ -50,7 +50,6 @@ TABLE = [
     ('map --source {h}/season --model {h}/run --season 2011', 'outside 2010-09-01 to 2011-10-31'),
     ('map --source {h}/cube.zarr --model {h}/run --season 2011', 'no date from'),
     ('map --source {h}/empty.zarr --model {h}/run', 'has no date'),
-    ('map --source {h}/torn --model {h}/run', 'B08.tif cannot be read'),
     ('map --source {h}/season --model {h}/none', 'there is no model'),
     ('map --source {h}/cube.zarr --model {h}/run_bands', 'trained on'),
     ('map --source {h}/sixbands.zarr --model {h}/run', 'trained on'),
@@ -106,6 +105,16 @@ def test_one_sentence(here, capfd, words, says):
     said = [l for l in capfd.readouterr().err.splitlines() if l.startswith('crop2seg: ')]
     assert code == 1 and len(said) == 1 and says in said[0] and 'debug shows where' not in said[0]
     assert {p for p in here.rglob('*')} == before
+
+def test_a_torn_file_costs_its_scene_and_is_accounted_for(here, capfd):
+    assert main(['map', '--source', str(here/'torn'), '--model', str(here/'run'), '--out', str(here/'patched')]) == 0
+    assert '1 scenes failed' in capfd.readouterr().out
+    book, files = (pd.read_csv(here/'patched'/f'{k}.csv') for k in ('ledger', 'assets'))
+    lost, failed = book[book.status == 'failed'], files[files.status == 'failed']
+    assert len(lost) == 1 and lost.reason.item().startswith('B08: ')
+    assert failed.asset.tolist() == ['B08'] and failed.scene.tolist() == lost.scene.tolist() and 'cannot be read' in failed.error.item()
+    days = open_cube(here/'patched'/'cube.zarr').time.dt.strftime('%Y-%m-%d').values
+    assert lost.day.item() not in days and len(days) == (book.status == 'kept').sum()     # no blank image in its place
 
 def test_a_folder_that_cannot_be_written(here, capfd):
     assert main(['map', '--source', str(here/'season'), '--model', str(here/'run'), '--out', str(here/'file'/'map')]) == 1
