@@ -21,6 +21,7 @@ from .legend import data_dir, read_legend
 from .parcels import burn, read_labels, read_parcels
 from .season import Season
 from .stac import ASSET_NAMES, open_source, search
+from .verify import verify
 
 # %% ../nbs/36_places.ipynb #4e30eca0
 def held_bands(
@@ -53,7 +54,7 @@ def read_place(
     items, legend = search(open_source(folder)), read_legend()
     bands = held_bands(items)
     grid = native_grid(items, None, bands)
-    cube = load_cube(items, ledger(items, season, bands), grid, bands)
+    cube = load_cube(items, verify(items, ledger(items, season, bands), grid, bands), grid, bands)
     cube = add_clear(drop_cloudy(cube, clear_share(cube, margin), least), margin).compute()
     cube.attrs |= dict(season_year=season.year, source=str(folder))
     labels, ids = burn(read_parcels(Path(folder)/'parcels.gpkg', legend), grid, legend.void)
