@@ -35,10 +35,11 @@ def _simulate(args): # A season -> static catalog and truth
                    progress=told if sys.stderr.isatty() else None, **where)
     print(f'simulated season: {out}')
 
-# %% ../nbs/71_cli.ipynb #ac6763a6
+# %% ../nbs/71_cli.ipynb #683b3214
 def _scenes(args): # Source -> table of scenes
     "List the scenes of a place and season, and what is known of them."
-    from crop2seg.observe import Request, found
+    from crop2seg.observe import found
+    from crop2seg.request import Request
     how = reading_of(args)
     _, season, rows = found(Request(args.source, place_of(args), season_of_args(args), search=how['limits']), how['policy'])
     if args.json: return print(rows.to_json(orient='records', date_format='iso', indent=1))
@@ -48,7 +49,8 @@ def _scenes(args): # Source -> table of scenes
 
 def _cube(args): # Place and season -> Zarr cube and its ledgers
     "Build the cube of a place and season, with its ledgers."
-    from crop2seg.observe import Request, make_cube, plan
+    from crop2seg.observe import make_cube, plan
+    from crop2seg.request import Request
     how, where = reading_of(args), (place_of(args), season_of_args(args))
     if args.dry_run:
         cost = plan(Request(args.source, *where, search=how['limits']), how['policy'], args.workers)
@@ -165,13 +167,14 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
         verb.add_argument('--debug', action='store_true', help='show where an error arose')
     return top
 
-# %% ../nbs/71_cli.ipynb #bf057ef1
+# %% ../nbs/71_cli.ipynb #b92fc348
 def main(
     argv:list[str]|None=None, # Words after `crop2seg`; None takes those of the process
 ) -> int: # 0 done, 1 error; a mistyped command exits with 2
     "Run one verb."
     args = parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     warnings.simplefilter('ignore', NotGeoreferencedWarning)
+    warnings.filterwarnings('ignore', module='zarr') # of types that its specification does not name yet
     try: args.do(args)
     except KeyboardInterrupt: print('stopped; nothing half-written is left, the same command starts or goes on', file=sys.stderr); return 1
     except Exception as e:

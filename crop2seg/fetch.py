@@ -91,7 +91,7 @@ def _path(folder, scene, band, j, k): # Of a piece; names of scenes are the cata
     name = f'{re.sub(r"[^A-Za-z0-9_-]", "_", scene)[:80]}-{hashlib.sha1(scene.encode()).hexdigest()[:8]}'
     return Path(folder)/'pieces'/name/f'{band}.{j}.{k}.npy'
 
-# %% ../nbs/13_fetch.ipynb #bfffc892
+# %% ../nbs/13_fetch.ipynb #5509116a
 def fetch_piece(
     piece:Piece, # What is wanted
     patience:Patience=Patience(), # How often and how long
@@ -111,6 +111,7 @@ def _put(pixels, path): # Whole or not at all
     try:
         with open(part, 'wb') as f: np.save(f, pixels)
         os.replace(part, path)
+    except OSError as e: raise OSError(f'{path} cannot be written ({e}); make room, and the same command goes on') from e
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/13_fetch.ipynb #a4819e4a

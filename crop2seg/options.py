@@ -46,7 +46,7 @@ def season_of_args(
         raise ValueError(f'{start} to {end} lie in more than one season; add --season, the year of harvest')
     return Season(args.season or year, start, end)
 
-# %% ../nbs/70_options.ipynb #14c89dc0
+# %% ../nbs/70_options.ipynb #c8324279
 def reading_of(
     args:argparse.Namespace, # With the options of `_reading`
 ) -> dict: # limits, policy and, where a cube is made, patience, workers and scheduler
@@ -54,14 +54,15 @@ def reading_of(
     limits = dict(max_cloud=args.max_cloud, months=_months(args.months), tile=args.tile)
     policy = policy_of(tuple(args.allow_host or ()), http=args.allow_http, private=args.allow_private)
     patience = Patience(retries=args.retries, timeout=args.timeout, stall=min(15., args.timeout), policy=policy)
-    return dict(limits={k: v for k, v in limits.items() if v}, policy=policy, patience=patience, workers=args.workers, scheduler=args.scheduler)
+    return dict(limits={k: v for k, v in limits.items() if v not in (None, ())}, policy=policy, patience=patience, workers=args.workers, scheduler=args.scheduler)
 
 def _months(text): # '4-9' or '11,12,1' as numbers
     if not text: return ()
     spans = [part.split('-') for part in text.split(',')]
-    try: found = [m for s in spans for m in range(int(s[0]), int(s[-1]) + 1) if len(s) < 3]
-    except ValueError: found = []
-    if found and set(found) <= set(range(1, 13)): return tuple(found)
+    try: spans = [(int(s[0]), int(s[-1])) for s in spans if len(s) < 3 or int('no')]
+    except ValueError: spans = [(0, 0)]
+    if all(1 <= a <= 12 and 1 <= b <= 12 for a, b in spans): # 11-3 goes over the new year
+        return tuple(m for a, b in spans for m in (range(a, b + 1) if a <= b else (*range(a, 13), *range(1, b + 1))))
     raise ValueError(f'--months {text} are no months; write 4-9 or 3,4,10')
 
 # %% ../nbs/70_options.ipynb #fb7d1cb4

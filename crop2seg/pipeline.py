@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_dataset', 'paint', 'describe', 'map_crops']
 
-# %% ../nbs/70_pipeline.ipynb #0bb8babb
+# %% ../nbs/70_pipeline.ipynb #684a142c
 import json, os, shutil
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -21,12 +21,13 @@ from .areas import UNSEEN, area_table, count_classes, largest
 from .export import append, finish, preview, strips, to_classes
 from .legend import Legend, data_dir, read_legend
 from .mapping import check_fit, predict_map, starts
-from .observe import digest, request_of, scenes_of_source, take
+from .observe import books_of, take
 from .output import ready, remove, whole
 from .parcels import burn, read_labels, read_outlines, read_parcels
 from .patches import write_dataset
 from .places import held_bands
 from .postprocess import count_votes
+from .request import digest, request_of, scenes_of_source
 from .runs import find_run
 from .season import Place, Season
 from .stac import open_source, search
@@ -102,7 +103,7 @@ def _inside(place, grid): # Pixels whose centre lies in the place
     local = transform_geom('EPSG:4326', grid.crs.to_wkt(), place.geometry.__geo_interface__)
     return geometry_mask([local], grid.shape, grid.affine, invert=True)
 
-# %% ../nbs/70_pipeline.ipynb #6b4bef7c
+# %% ../nbs/70_pipeline.ipynb #bba15170
 def _state(out, request, overwrite): # 'free' or 'same'; ValueError for what must not be replaced
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return 'free'
     try: same = json.loads((out/'run.json').read_text())['request'] == json.loads(json.dumps(request))
@@ -129,13 +130,11 @@ def _describe(bundle, cube, run, counts, facts): # areas.csv, preview.png and ru
 
 def _keep_inputs(source, kept, bundle): # The ledgers and, if it was made for this map, the cube
     made = Path(source).suffix != '.zarr'
-    for book in _books(kept if made else Path(source)):
+    for book in books_of(kept if made else Path(source)):
         if book.exists(): shutil.copyfile(book, bundle/'.'.join(book.name.split('.')[-2:]))
     if not made: return
     os.replace(kept, bundle/'cube.zarr')
-    for book in _books(kept): remove(book)
-
-def _books(cube): return [cube.with_name(f'{cube.stem}.{kind}.csv') for kind in ('ledger', 'assets')] # Ledgers beside a cube
+    for book in books_of(kept): remove(book)
 
 # %% ../nbs/70_pipeline.ipynb #fe3a7859
 def describe(

@@ -150,13 +150,18 @@ def _let_pass(found, policy): # ValueError if a band of an item lies where nothi
             except ValueError as e: raise ValueError(f'scene {item.id}: {e}') from None
             if is_remote(href): seen.add(host)
 
-# %% ../nbs/10_stac.ipynb #0c196deb
+# %% ../nbs/10_stac.ipynb #89a3ff35
 def collections_of(
     source:pystac.Catalog, # As opened by `open_source`
 ) -> tuple: # Collections to be asked, the preferred one first
     "Where an API keeps Sentinel-2 surface reflectance."
     old = 'sentinel-2-l2a'
     return ('sentinel-2-c1-l2a', old) if (source.get_self_href() or '').startswith(SOURCES['earth-search']) else (old,)
+
+def _dated(item): # STAC lets an item have a start and an end in place of a time
+    if item.datetime is None: item.datetime = item.common_metadata.start_datetime
+    if item.datetime is None: raise ValueError(f'scene {item.id} has no time; mend its item or leave it out of the catalog')
+    return item
 
 def _ask(client, place, season, collections): # The items of a STAC API; a collection fills the gaps of those before it
     if place is None or season is None:
@@ -171,7 +176,7 @@ def _ask(client, place, season, collections): # The items of a STAC API; a colle
         found += [i for i in more if day(i) not in have]
     return found
 
-# %% ../nbs/10_stac.ipynb #a7195590
+# %% ../nbs/10_stac.ipynb #9e16f3bf
 def search(
     source:pystac.Catalog, # As opened by `open_source`
     place:Place=None, # Where; may be left out for a static catalog
@@ -186,12 +191,14 @@ def search(
     ask = isinstance(source, pystac_client.Client) and source.conforms_to('ITEM_SEARCH')
     if ask: found = [(i, True) for i in _ask(source, place, season, collection or collections_of(source))]
     else: found = _read(source, place, policy)
+    found = [(_dated(i), far) for i, far in found]
     if max_cloud is not None: found = [f for f in found if (f[0].properties.get('eo:cloud_cover') or 0) <= max_cloud]
     if months: found = [f for f in found if f[0].datetime.month in months]
     if tile: found = [f for f in found if tile_of(f[0]) == tile.upper().removeprefix('T')]
     if not found:
         raise ValueError(f'{source.id} has no scene {"of this place" if place else "at all"}; '
                          'check the place, the season and the limits of the search')
+    found = list({i.id: (i, far) for i, far in reversed(found)}.values()) # an item that is listed twice is one
     _let_pass(found, policy)
     return sorted((i for i, _ in found), key=lambda i: (i.datetime, i.id))
 

@@ -1,10 +1,13 @@
 "The walk from a source to a cube: on a cluster as at home, and across any interruption"
 import hashlib, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
-import pandas as pd, pytest
+import numpy as np, pandas as pd, pystac, pytest, rasterio
+from crop2seg.cube import open_cube
 from crop2seg.fetch import read_journal
-from crop2seg.observe import make_cube
+from crop2seg.observe import gather, make_cube
+from crop2seg.request import Request
 from crop2seg.simulate import simulate
+from crop2seg.stac import band_assets, open_source, search
 
 COMMAND = [sys.executable, '-c', 'from crop2seg.cli import entry; entry()', 'cube']
 
@@ -54,3 +57,83 @@ def test_a_killed_command_goes_on(world, tmp_path, point):
     files = pd.read_csv(tmp_path/'cube.assets.csv')
     assert len(had) >= (1 if point == 'save' else point) and files.attempts.max() == 1                 # nothing came twice
     assert sorted(p.name for p in tmp_path.iterdir()) == ['cube.assets.csv', 'cube.ledger.csv', 'cube.zarr']
+
+def test_two_at_once(world, tmp_path):
+    source, home = world
+    jobs = [subprocess.Popen([*COMMAND, '--source', str(source), '--out', str(tmp_path/'cube.zarr')], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [j.communicate()[1] for j in jobs]
+    ends = sorted(j.returncode for j in jobs)
+    assert ends == [0, 0] or (ends == [0, 1] and any('another run is making' in s for s in said)), said
+    assert hashes(tmp_path/'cube.zarr') == hashes(home) and not list(tmp_path.glob('.*'))
+
+def test_a_kill_between_ledgers_and_cube(world, tmp_path, monkeypatch):
+    source, home = world
+    out, quiet = tmp_path/'cube.zarr', lambda *a: None
+    make_cube(source, out, least=.6, log=quiet)
+    monkeypatch.setattr('crop2seg.observe.save_cube', lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): make_cube(source, out, overwrite=True, log=quiet)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match='another request'): make_cube(source, out, log=quiet)
+    make_cube(source, out, overwrite=True, log=quiet)
+    assert hashes(out) == hashes(home) and (pd.read_csv(tmp_path/'cube.ledger.csv').status == 'kept').sum() == len(open_cube(out).time)
+    (tmp_path/'cube.ledger.csv').unlink()                                                              # lost: made again without a question
+    make_cube(source, out, log=quiet)
+    assert hashes(out) == hashes(home) and (tmp_path/'cube.ledger.csv').exists()
+
+def test_a_lost_scene_is_told_and_tried_again(tmp_path):
+    source = simulate(tmp_path/'season', size=64, dates=8, parcels=12, cloudy=.2)
+    image = sorted(source.parent.rglob('B08.tif') if source.suffix else source.rglob('B08.tif'))[3]
+    pixels, said = image.read_bytes(), []
+    image.unlink()
+    make_cube(source, tmp_path/'cube.zarr', log=said.append)
+    image.write_bytes(pixels)
+    make_cube(source, tmp_path/'cube.zarr', log=said.append)
+    assert '1 scenes failed' in said[0] and 'is there already; 1 scenes failed' in said[1]
+    make_cube(source, tmp_path/'cube.zarr', overwrite=True, log=said.append)
+    assert 'failed' not in said[2]
+
+def test_a_share_is_that_of_what_is_left(tmp_path):
+    "A day of two scenes that cover a half each: when one is lost, so is half of the day"
+    source = simulate(tmp_path/'season', size=64, dates=4, parcels=12, cloudy=0., seed=3)
+    items = search(open_source(source))
+    for k, half in enumerate((slice(0, 32), slice(32, 64))):
+        for key, asset in items[0].assets.items():
+            path = Path(asset.get_absolute_href())
+            if path.suffix != '.tif': continue
+            with rasterio.open(path) as f: values, profile = f.read(1), f.profile
+            part = slice(half.start*values.shape[1]//64, half.stop*values.shape[1]//64)
+            kept = np.zeros_like(values); kept[:, part] = values[:, part]
+            with rasterio.open(tmp_path/f'{k}.{path.name}', 'w', driver='GTiff', **{n: profile[n] for n in ('width', 'height', 'count', 'dtype', 'crs', 'transform')}, nodata=0) as f: f.write(kept, 1)
+    twins = [items[0].clone() for _ in range(2)]
+    for k, twin in enumerate(twins):
+        twin.id += f'_{k}'
+        for key, asset in items[0].assets.items():
+            twin.assets[key].href = str(tmp_path/f'{k}.{Path(asset.get_absolute_href()).name}')
+    catalog = pystac.Catalog('halves', 'a day of two halves')
+    catalog.add_items([*twins, *items[1:]])
+    catalog.normalize_and_save(str(tmp_path/'halves'), pystac.CatalogType.ABSOLUTE_PUBLISHED)
+    whole, rows, _ = gather(Request(tmp_path/'halves'/'catalog.json', least=.6), tmp_path/'a', log=lambda *a: None)
+    day = rows.day[rows.scene == twins[0].id].item()
+    assert day in whole.time.values
+    Path(twins[1].assets[band_assets(items[0])['B08']].href).unlink()
+    left, rows, _ = gather(Request(tmp_path/'halves'/'catalog.json', least=.6), tmp_path/'b', log=lambda *a: None)
+    assert day not in left.time.values
+    assert rows.set_index('scene').status[[t.id for t in twins]].tolist() == ['dropped', 'failed']
+    assert .4 < rows.set_index('scene').clear_share[twins[0].id] < .55
+
+def test_pieces_of_another_cube_stay(world, tmp_path):
+    source, _ = world
+    other = tmp_path/f'.m.2019.{"0"*16}.pieces'; other.mkdir()
+    make_cube(source, tmp_path/'m.zarr', log=lambda *a: None)
+    assert other.exists() and not list(tmp_path.glob('.m.*.lock'))
+
+def test_items_listed_twice_or_without_a_time(world, tmp_path):
+    items = search(open_source(world[0]))
+    twice = pystac.Catalog('odd', 'an item in two folders, one with a start and an end')
+    twice.add_items([items[0].clone(), items[1].clone()]); part = pystac.Catalog('part', 'again'); part.add_item(items[0].clone()); twice.add_child(part)
+    spanned = items[2].clone(); spanned.properties |= {k: items[2].datetime.strftime('%Y-%m-%dT%H:%M:%SZ') for k in ('start_datetime', 'end_datetime')}
+    spanned.datetime = None; twice.add_item(spanned)
+    for i in twice.get_items(recursive=True): i.make_asset_hrefs_absolute() if i.get_self_href() else None
+    twice.normalize_and_save(str(tmp_path/'odd'), pystac.CatalogType.SELF_CONTAINED)
+    found = search(open_source(tmp_path/'odd'/'catalog.json'))
+    assert [i.id for i in found] == [i.id for i in items[:3]] and [i.datetime for i in found] == [i.datetime for i in items[:3]]
