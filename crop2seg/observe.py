@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['note_clear', 'found', 'plan', 'marked', 'gather', 'books_of', 'make_cube', 'take']
 
-# %% ../nbs/15_observe.ipynb #f5a47547
+# %% ../nbs/15_observe.ipynb #6afe3ba7
 import json, re
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -23,6 +24,7 @@ from .cube import native_grid, open_cube, save_cube, scenes_of
 from .fetch import asset_ledger, estimate, fetch, fetched_cube, fetched_points, settle
 from .harmonise import ledger, write_ledger
 from .output import ready, remove
+from .ranges import Patience
 from .remote import hide
 from .request import Request, digest, request_of, scenes_of_source, season_of
 from .season import Place, Season, grid_of
@@ -104,18 +106,19 @@ def _told(rows, season, cube): # One line about a season
     return (f'{"simulated "*cube.simulated}season {season.year}: {len(rows)} scenes, {cube.sizes["time"]} dates kept{more}, '
             f'grid {cube.sizes["y"]} x {cube.sizes["x"]}')
 
-# %% ../nbs/15_observe.ipynb #3844342d
+# %% ../nbs/15_observe.ipynb #50b1e48a
 def gather(
     request:Request, # What is wanted
     folder:str|Path, # For what is fetched; may hold what an earlier run has fetched
     policy=None, # Which addresses may be opened
     log:Callable=print, # Takes one line of text
-    **how, # patience, workers, scheduler of `fetch`
+    patience:Patience=Patience(), # How often and how long each file is asked for
+    **how, # workers, scheduler of `fetch`
 ) -> tuple[xr.Dataset, pd.DataFrame, pd.DataFrame]: # Lazy cube over the folder, ledger by scene, ledger by file
     "Fetch what a request needs and account for it; ValueError when nothing usable comes."
     items, season, rows = found(request, policy)
     bands, grid = request.bands, _grid(items, _some(rows, request), request)
-    get = partial(fetch, grid=grid, folder=folder, **how)
+    get = partial(fetch, grid=grid, folder=folder, patience=replace(patience, policy=policy or patience.policy), **how)
     left = lambda **kw: scenes_of(items, _some(rows, request), bands, **kw)
     rows = settle(rows, classes := get(left(decided=False), bands=('SCL',)))
     if not request.clouds.get('detector'):                   # else the bands are needed to know what is clear

@@ -40,7 +40,7 @@ class _View: # What GDAL holds of a `Remote`: a file with a position; an error i
         self.pos += len(data)
         return data
 
-# %% ../nbs/11_reading.ipynb #79c422ca
+# %% ../nbs/11_reading.ipynb #fee6c6c9
 @contextmanager
 def _opened(href, remote, patience): # The file as a raster
     kind = _kind(href, remote)
@@ -53,7 +53,9 @@ def _opened(href, remote, patience): # The file as a raster
 
 def _kind(href, remote): # The driver that opens a file; no other is tried
     try:
-        if remote or not _virtual(href): return sniff(remote.head[:32] if remote else open(href, 'rb').read(32), href)
+        if remote: return sniff(remote.head[:32], href)
+        if not _virtual(href):
+            with open(href, 'rb') as f: return sniff(f.read(32), href)
         return {'.tif': 'GTiff', '.jp2': 'JP2OpenJPEG'}[href[-4:].lower()]
     except KeyError: raise ReadError(f'{hide(href)} is not a TIFF or JPEG 2000 image by its name', 'odd') from None
     except ValueError as e: raise ReadError(str(e), 'odd') from None
@@ -128,7 +130,7 @@ def _broken(href, e): # The error of GDAL as one of ours
     if '://' in href and re.search('CURL error|imed out|Connection', text): fault = 'broken'
     return ReadError(f'{hide(href)} cannot be read ({text})', fault_of(int(status[1])) if status else fault)
 
-# %% ../nbs/11_reading.ipynb #97c81bbc
+# %% ../nbs/11_reading.ipynb #e9bb34df
 def try_window(
     href:str, # Path or address of one band of one scene
     grid:GeoBox, # Where the pixels are wanted
@@ -147,7 +149,7 @@ def try_window(
             pause = pause_of(account['attempts'], patience, e.wait)
             late = time.monotonic() + pause > start + patience.timeout
             if late or _over(faults := [*faults, e.fault], patience): break
-            if e.fault == 'expired' and (address := _signed(href, patience, again=True)) == href: break
+            if e.fault == 'expired' and not (address := _anew(href, patience)): break
             time.sleep(pause)
         else: account['status'] = 'kept'
     return pixels, account | dict(seconds=round(time.monotonic() - start, 3))
@@ -156,11 +158,14 @@ def _over(faults, patience): # Whether these faults, the last one first to be as
     if len(faults) > patience.retries or faults.count(faults[-1]) > FAULTS.again[faults[-1]]: return True
     return bool(patience.stop and patience.stop())
 
-def _signed(href, patience, again=False): # The address that is asked; ReadError if it must not be opened
-    try:
-        check_href(href, policy=patience.policy)
-        return patience.resign(href) if again and patience.resign else sign(href, renew=again)
+def _signed(href, patience): # The address that is asked; ReadError if it must not be opened
+    try: return sign(check_href(href, policy=patience.policy))
     except ValueError as e: raise ReadError(str(e), 'wrong') from None
+
+def _anew(href, patience): # The address with a fresh signature; None where there is none to be had
+    try: address = patience.resign(href) if patience.resign else sign(href, renew=True)
+    except ValueError: return None
+    return address if address != href else None
 
 # %% ../nbs/11_reading.ipynb #4ff59e79
 def read_window(

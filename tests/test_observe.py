@@ -1,10 +1,12 @@
 "The walk from a source to a cube: on a cluster as at home, and across any interruption"
-import hashlib, json, os, signal, subprocess, sys, threading, time
+import functools, hashlib, os, signal, subprocess, sys, threading, time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pandas as pd, pystac, pytest, rasterio
 from crop2seg.cube import open_cube
 from crop2seg.fetch import read_journal
 from crop2seg.observe import gather, make_cube
+from crop2seg.remote import policy_of
 from crop2seg.request import Request
 from crop2seg.simulate import simulate
 from crop2seg.stac import band_assets, open_source, search
@@ -146,3 +148,19 @@ def test_items_listed_twice_or_without_a_time(world, tmp_path):
     twice.normalize_and_save(str(tmp_path/'odd'), pystac.CatalogType.SELF_CONTAINED)
     found = search(open_source(tmp_path/'odd'/'catalog.json'))
     assert [i.id for i in found] == [i.id for i in items[:3]] and [i.datetime for i in found] == [i.datetime for i in items[:3]]
+
+def test_the_policy_of_a_call_reaches_its_files(world, tmp_path):
+    "A catalog behind an address, its images too; nothing in the environment allows them"
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    source, home = world
+    folder = source.parent if source.suffix else source
+    with ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = f'http://127.0.0.1:{server.server_port}/catalog.json'
+        with pytest.raises(ValueError, match='does not begin with https'): make_cube(where, tmp_path/'no.zarr', log=lambda *a: None)
+        near = policy_of(('127.0.0.1',), http=True, private=True)
+        made = make_cube(where, tmp_path/'cube.zarr', policy=near, log=lambda *a: None)
+        server.shutdown()
+    assert set(pd.read_csv(tmp_path/'cube.ledger.csv').status) <= {'kept', 'merged', 'dropped'} and not (tmp_path/'no.zarr').exists()
+    assert open_cube(made).reflectance.equals(open_cube(home).reflectance)

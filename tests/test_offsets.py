@@ -8,7 +8,8 @@ from crop2seg.cube import load_cube, native_grid
 from crop2seg.harmonise import decide, ledger
 from crop2seg.season import Season
 from crop2seg.stac import band_assets, open_source, search
-from crop2seg.verify import WITNESSES, read_sample, look_of, offsets_seen, verify
+from crop2seg.reading import read_window
+from crop2seg.verify import WITNESSES, look_of, offsets_seen, verify
 
 real = Path(__file__).parents[2]/'shared'/'real'
 needs_real = pytest.mark.skipif(not real.is_dir(), reason=f'no real imagery at {real.parent.name}/{real.name}')
@@ -84,7 +85,7 @@ def test_what_every_catalog_says_rightly_stays(clean):
     for says, add, offset in (('02.12', 0, 0), ('05.10', 1000, -1000)):
         told = [say(i, says) for i in items]
         def read(href, geobox):
-            x = read_sample(href, geobox)
+            x = read_window(href, geobox, 'nearest')
             return x if 'SCL' in href else np.where(x > 0, x + add, 0).astype('uint16')
         rows = verify(told, ledger(told, season), grid, read=read)
         assert (rows.status == 'kept').all() and (rows.offset == offset).all() and (rows.verdict == 'metadata').all()
@@ -93,7 +94,7 @@ def test_negative_reflectance_survives_and_zero_stays_missing(clean):
     items, grid, _ = clean
     told = [say(i, '05.10') for i in items]
     def read(href, geobox): # two dark corners, one of them missing
-        x = read_sample(href, geobox).astype(int) + 1000*('SCL' not in href)
+        x = read_window(href, geobox, 'nearest').astype(int) + 1000*('SCL' not in href)
         if 'SCL' not in href: x[:4, :4], x[-4:, -4:] = 940, 0
         return x.astype('uint16')
     rows = verify(told, ledger(told, season), grid, read=read)
@@ -137,7 +138,7 @@ def test_contested_items_are_corrected_once(carries, clean):
             if key in model.assets: a.extra_fields['raster:bands'] = model.assets[key].extra_fields['raster:bands']
         i.properties |= {k: v for k, v in model.properties.items() if 's2:' in k or 'earthsearch:' in k}
     def read(href, geobox):
-        x = read_sample(href, geobox)
+        x = read_window(href, geobox, 'nearest')
         return x if 'SCL' in href or not carries else np.where(x > 0, x + 1000, 0).astype('uint16')
     rows = verify(told, ledger(told, season), grid, read=read); kept = rows.status == 'kept'
     assert (rows.offset[kept] == (-1000 if carries else 0)).all() and kept.sum() >= (12 if carries else 36)
@@ -148,7 +149,7 @@ def test_the_real_product_with_offset_is_never_called_without():
     folder = next((real/'safe').glob('S2A_MSIL2A_20221005*/GRANULE/*/IMG_DATA/R60m')); find = lambda b: str(next(folder.glob(f'*_{b}_60m.jp2')))
     with rasterio.open(find('B02')) as f: grid = GeoBox(f.shape, f.transform, f.crs.to_wkt())
     bands = ('B02', 'B04', 'B8A', 'B11', 'B12')
-    full, coarse = (np.stack([read_sample(find(b), g) for b in (*bands, 'SCL')]) for g in (grid, grid.zoom_out(19)))
+    full, coarse = (np.stack([read_window(find(b), g, 'nearest') for b in (*bands, 'SCL')]) for g in (grid, grid.zoom_out(19)))
     rng = np.random.default_rng(0); windows = [full[:, i:i + 64, j:j + 64] for i, j in rng.integers(0, 1766, (200, 2))]
     looks = [look_of(w[:-1], w[-1]) for w in (coarse, *windows)]
     assert sum(np.isfinite(l.dark).all() for l in looks) > 100 and not [l.dark for l in looks if l.dark.min() < 750]
@@ -158,7 +159,7 @@ def test_the_real_product_with_offset_is_never_called_without():
 def flanders():
     "Samples of 118 real scenes without offset"
     items = search(open_source(real/'flanders_2018'/'catalog.json')); few = native_grid(items).zoom_out(2)
-    return [np.stack([read_sample(i.assets[k].get_absolute_href(), few) for k in band_assets(i, WITNESSES).values()]) for i in items]
+    return [np.stack([read_window(i.assets[k].get_absolute_href(), few, 'nearest') for k in band_assets(i, WITNESSES).values()]) for i in items]
 
 @needs_real
 @pytest.mark.parametrize('edge', [32, 16, 8])
