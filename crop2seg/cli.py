@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'main', 'entry']
 
-# %% ../nbs/71_cli.ipynb #59e7d60a
+# %% ../nbs/71_cli.ipynb #9cd91d5f
 import argparse
 import json
 import os
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+import pandas as pd
 from rasterio.errors import NotGeoreferencedWarning
 from . import __version__
 from .options import OPTIONS, place_of, reading_of, season_of_args
@@ -35,7 +36,7 @@ def _simulate(args): # A season -> static catalog and truth
                    progress=told if sys.stderr.isatty() else None, **where)
     print(f'simulated season: {out}')
 
-# %% ../nbs/71_cli.ipynb #683b3214
+# %% ../nbs/71_cli.ipynb #3bd2d8a4
 def _scenes(args): # Source -> table of scenes
     "List the scenes of a place and season, and what is known of them."
     from crop2seg.observe import found
@@ -44,7 +45,8 @@ def _scenes(args): # Source -> table of scenes
     _, season, rows = found(Request(args.source, place_of(args), season_of_args(args), search=how['limits']), how['policy'])
     if args.json: return print(rows.to_json(orient='records', date_format='iso', indent=1))
     table = rows[['scene', 'datetime', 'tile', 'cloud_cover', 'baseline', 'offset', 'verdict', 'status', 'reason']]
-    print(table.assign(datetime=rows.datetime.map(lambda t: f'{t:%Y-%m-%d %H:%M}')).to_string(index=False, max_colwidth=60))
+    when = rows.datetime.map(lambda t: '' if pd.isna(t) else f'{t:%Y-%m-%d %H:%M}')
+    print(table.assign(datetime=when).to_string(index=False, max_colwidth=120, na_rep=''))
     print(f'season {season.year}: {len(rows)} scenes; an ambiguous offset is settled on the pixels when a cube is made')
 
 def _cube(args): # Place and season -> Zarr cube and its ledgers
@@ -52,11 +54,21 @@ def _cube(args): # Place and season -> Zarr cube and its ledgers
     from crop2seg.observe import make_cube, plan
     from crop2seg.request import Request
     how, where = reading_of(args), (place_of(args), season_of_args(args))
+    clouds = dict(classes=args.clear_set, detector=args.detector, outliers=args.temporal_test)
+    what = dict(pixel=args.pixel, clouds=clouds)
     if args.dry_run:
-        cost = plan(Request(args.source, *where, search=how['limits']), how['policy'], args.workers)
-        return print('at most {scenes} scenes, {assets} files, {rows} x {columns} pixels, about {megabytes:.1f} MB, {seconds} s'.format(megabytes=cost['bytes']/1e6, **cost))
-    make_cube(args.source, args.out, *where, margin=args.cloud_margin, least=args.min_clear, overwrite=args.overwrite,
-              clouds=dict(classes=args.clear_set, detector=args.detector, outliers=args.temporal_test), **how)
+        cost = plan(Request(args.source, *where, search=how['limits'], **what), how['policy'], args.workers)
+        return print('at most {scenes} scenes, {assets} files, {rows} x {columns} pixels; about {megabytes:.1f} MB to fetch in {seconds} s at 8 MB/s'
+                     .format(megabytes=cost['bytes']/1e6, **cost))
+    if not args.out: raise ValueError('a cube needs a place to lie; give --out NAME.zarr, or --dry-run')
+    make_cube(args.source, args.out, *where, margin=args.cloud_margin, least=args.min_clear, overwrite=args.overwrite, **what, **how)
+
+def _regular(args): # Source -> cube on an even clock
+    "Put a cube on an even clock: composites, filled gaps, smoothed series."
+    from crop2seg.even import make_regular
+    clock = dict(every=args.every, thermal=args.thermal, weather=args.weather)
+    make_regular(args.source, args.out, place_of(args), season_of_args(args), clock,
+                 dict(how=args.composite, gaps=args.gaps, smooth=args.smooth), args.overwrite, **reading_of(args))
 
 # %% ../nbs/71_cli.ipynb #649dc0ea
 def _dataset(args): # Cube and labels -> patches
@@ -150,7 +162,7 @@ def _app(args): # Bundle -> dashboard
     subprocess.run([sys.executable, '-m', 'panel', 'serve', str(page), '--port', str(args.port), *show],
                    env=os.environ | bundle, check=True)
 
-# %% ../nbs/71_cli.ipynb #bb3732b4
+# %% ../nbs/71_cli.ipynb #9c86688b
 class _Help(argparse.ArgumentDefaultsHelpFormatter): # Names a default where there is one
     def _get_help_string(self, action): return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
@@ -159,7 +171,7 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
     top = argparse.ArgumentParser('crop2seg', description='Crop maps from Sentinel-2 time series.')
     top.add_argument('--version', action='version', version=f'crop2seg {__version__}')
     verbs = top.add_subparsers(dest='verb', required=True, metavar='VERB')
-    does = dict(simulate=_simulate, scenes=_scenes, cube=_cube, dataset=_dataset, train=_train, evaluate=_evaluate, map=_map, app=_app)
+    does = dict(simulate=_simulate, scenes=_scenes, cube=_cube, regular=_regular, dataset=_dataset, train=_train, evaluate=_evaluate, map=_map, app=_app)
     for name, run in does.items():
         verb = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, formatter_class=_Help)
         verb.set_defaults(do=run)
@@ -167,7 +179,7 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
         verb.add_argument('--debug', action='store_true', help='show where an error arose')
     return top
 
-# %% ../nbs/71_cli.ipynb #b92fc348
+# %% ../nbs/71_cli.ipynb #a1b24319
 def main(
     argv:list[str]|None=None, # Words after `crop2seg`; None takes those of the process
 ) -> int: # 0 done, 1 error; a mistyped command exits with 2
@@ -176,7 +188,7 @@ def main(
     warnings.simplefilter('ignore', NotGeoreferencedWarning)
     warnings.filterwarnings('ignore', module='zarr') # of types that its specification does not name yet
     try: args.do(args)
-    except KeyboardInterrupt: print('stopped; nothing half-written is left, the same command starts or goes on', file=sys.stderr); return 1
+    except KeyboardInterrupt: print('stopped; what was fetched is kept, the same command starts or goes on', file=sys.stderr); return 1
     except Exception as e:
         if args.debug: raise
         expected = isinstance(e, (ValueError, OSError))

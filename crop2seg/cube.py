@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['native_grid', 'Scene', 'scenes_of', 'assemble', 'load_cube', 'cuts_of', 'save_cube', 'open_cube']
 
-# %% ../nbs/12_cube.ipynb #f20dd27e
+# %% ../nbs/12_cube.ipynb #f3540f39
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -27,37 +27,38 @@ from .output import whole
 from .ranges import Patience, ReadError
 from .reading import read_window
 from .season import Place, Season, grid_of
-from .stac import band_assets, open_source, search
+from .stac import assets_there, band_assets, open_source, search
 from zarr.codecs import BloscCodec
 
-# %% ../nbs/12_cube.ipynb #69e98c94
+# %% ../nbs/12_cube.ipynb #fce55a29
 def native_grid(
     items:list[pystac.Item], # Scenes of the place
     place:Place=None, # Area wanted; None takes all that the scenes cover
-    bands:tuple=BANDS, # Bands wanted; the finest decides the footprint
-) -> GeoBox: # 10 m pixels in the UTM zone of most scenes
-    "The 10 m grid on which a cube of these scenes is built."
+    bands:tuple=BANDS, # Bands wanted; the first decides the footprint
+    pixel:int=10, # Of the cube, metres; 20 or 60 for a preview
+) -> GeoBox: # In the UTM zone of most scenes
+    "The grid on which a cube of these scenes is built."
     code = Counter(_code(i) for i in items).most_common(1)[0][0]
     if not code:
         raise ValueError(f'scene {items[0].id} does not say its projection (proj:code); it cannot be placed on a grid')
-    if place is not None: return grid_of(place, epsg=int(code.removeprefix('EPSG:')))
+    if place is not None: return grid_of(place, int(code.removeprefix('EPSG:')), pixel)
     boxes = [_footprint(i, bands) for i in items if _code(i) == code]
     left, bottom, right, top = (f(b[k] for b in boxes) for k, f in enumerate((min, min, max, max)))
     if (right - left) * (top - bottom) > 2.5e10:
         raise ValueError('the scenes cover more than two tiles; say which place is wanted with --bbox or --aoi')
-    return GeoBox((round((top - bottom) / 10), round((right - left) / 10)), Affine(10, 0, left, 0, -10, top), code)
+    return GeoBox((round((top - bottom) / pixel), round((right - left) / pixel)), Affine(pixel, 0, left, 0, -pixel, top), code)
 
 def _code(item): # Projection of a scene, such as 'EPSG:32633'
     epsg = item.properties.get('proj:epsg')
     return item.properties.get('proj:code') or (epsg and f'EPSG:{epsg}')
 
 def _footprint(item, bands): # Left, bottom, right, top of a scene in its own projection
-    fields = item.assets[band_assets(item, bands)[bands[0]]].extra_fields | {}
+    fields = item.assets[assets_there(item, bands)[bands[0]]].extra_fields | {}
     a, _, left, _, e, top = (fields.get('proj:transform') or item.properties['proj:transform'])[:6]
     rows, columns = fields.get('proj:shape') or item.properties['proj:shape']
     return left, top + e * rows, left + a * columns, top
 
-# %% ../nbs/12_cube.ipynb #eea671da
+# %% ../nbs/12_cube.ipynb #c25c8b42
 @dataclass(frozen=True)
 class Scene:
     "What a cube needs to know of a scene."
@@ -84,20 +85,20 @@ def scenes_of(
     return sorted(scenes, key=lambda s: (s.day, s.offset))
 
 def _files(item, bands): # Address and pixels of each band
-    assets = {band: item.assets[key] for band, key in band_assets(item, bands).items()}
+    assets = {band: item.assets[key] for band, key in band_assets(item, bands, scl=False).items()}
     return {band: (a.get_absolute_href(), _box(item, a.extra_fields)) for band, a in assets.items()}
 
 def _box(item, fields): # Pixels of a file
     shape, transform = fields.get('proj:shape'), fields.get('proj:transform')
     return GeoBox(shape, Affine(*transform[:6]), _code(item)) if shape and transform and _code(item) else None
 
-# %% ../nbs/12_cube.ipynb #13471113
+# %% ../nbs/12_cube.ipynb #5d1e143a
 _LIMIT = 32_767 # Largest reflectance that is kept, in steps of 0.0001: the largest 16-bit integer
 
 def _day(scenes, band, read, y, x): # One band of one day in a window: reflectance, or classes for 'SCL'
     out = None
     for scene in scenes:
-        dn = read(scene, band, y, x)
+        dn = read(scene, band, y, x) if band in scene.files else np.zeros((y.stop - y.start, x.stop - x.start), 'uint16')
         if band == 'SCL': new = dn.astype('uint8')
         else: new = reflectance(np.minimum(dn, _LIMIT - scene.offset, out=dn), scene.offset)
         out = new if out is None else np.where(gaps, new, out)
@@ -111,7 +112,8 @@ def _block(days, bands, read, block_info=None): # A block of a cube (time, band,
 
 def _source(scene, band, y, x, grid, patience): # Stored numbers of a window, from the source
     (href, box), how = scene.files[band], 'nearest' if band == 'SCL' else 'cubic'
-    try: return read_window(href, grid[y, x], how, shape=box and box.shape, patience=patience)
+    window = grid if grid.shape == (y.stop - y.start, x.stop - x.start) else grid[y, x]
+    try: return read_window(href, window, how, shape=box and box.shape, patience=patience)
     except ReadError as e:
         raise ReadError(f'{e}; fetch it again, or leave its scene out of the catalog', e.fault) from None
 
@@ -127,7 +129,7 @@ def assemble(
     days = [[s for s in scenes if s.day == d] for d in dict.fromkeys(s.day for s in scenes)]
     def lazy(names, dtype):
         cuts = da.core.normalize_chunks(chunks, (len(days), len(names), *grid.shape), dtype=dtype)
-        return da.map_blocks(_block, days, names, read, chunks=cuts, dtype=dtype, meta=np.empty((0,) * 4, dtype))
+        return da.map_blocks(partial(_block, days, names, read), chunks=cuts, dtype=dtype, meta=np.empty((0,) * 4, dtype))
     about = {'time': [d[0].day for d in days], 'band': list(bands), 'offset': ('time', [d[0].offset for d in days])}
     coords = about | xr_coords(grid)
     dims = ('time', 'band', 'y', 'x')
@@ -144,7 +146,8 @@ def load_cube(
 ) -> xr.Dataset: # reflectance (time, band, y, x) float32 with NaN; scl (time, y, x) uint8; coordinate offset (time)
     "A lazy cube, one time step a solar day; ValueError when no scene is left, or (on reading) when a file is lost."
     scenes = scenes_of(items, rows, bands)
-    return assemble(scenes, partial(_source, grid=grid, patience=patience), grid, bands, (1, 1, chunk, chunk))
+    dates = max(1, 2**16 // (grid.shape.y * grid.shape.x))  # windows of a field are too small for a task each
+    return assemble(scenes, partial(_source, grid=grid, patience=patience), grid, bands, (dates, 1, chunk, chunk))
 
 # %% ../nbs/12_cube.ipynb #449945ff
 _CODEC = BloscCodec(cname='zstd', clevel=3, shuffle='bitshuffle', typesize=2) # chosen in data/results/cube_chunks.csv
@@ -178,7 +181,7 @@ def save_cube(
         tidy.to_zarr(part, encoding=coded, zarr_format=3, consolidated=False)
     return path
 
-# %% ../nbs/12_cube.ipynb #5f125d5f
+# %% ../nbs/12_cube.ipynb #7b9c9a81
 def open_cube(
     path:str|Path, # A .zarr folder written by `save_cube`
 ) -> xr.Dataset: # Lazy on Dask, as `load_cube` describes it
@@ -187,6 +190,7 @@ def open_cube(
     try: cube = xr.open_zarr(path, consolidated=False, decode_coords='all', mask_and_scale=False)
     except (FileNotFoundError, KeyError, ValueError) as e:
         raise ValueError(f'{path} is not a cube ({e}); make one with crop2seg cube') from e
-    if not {'reflectance', 'scl'} <= set(cube): raise ValueError(f'{path} is not a cube: it lacks reflectance or scl')
+    if 'reflectance' not in cube or not {'scl', 'clear'} & set(cube):
+        raise ValueError(f'{path} is not a cube: it lacks reflectance, or scl and clear')
     return cube.assign(reflectance=xr.apply_ufunc(from_int16, cube.reflectance, keep_attrs=False,
                                                   dask='parallelized', output_dtypes=['float32']))

@@ -37,7 +37,7 @@ from .reading import read_window, try_window
 from .season import Season
 from .stac import open_source, search
 
-# %% ../nbs/13_fetch.ipynb #e8a5d9ab
+# %% ../nbs/13_fetch.ipynb #68a20440
 def estimate(
     scenes:list[Scene], # As given by `scenes_of`
     grid:GeoBox, # Where pixels are wanted
@@ -46,7 +46,7 @@ def estimate(
     rate:float=8e6, # Of all connections together, bytes a second
 ) -> dict: # scenes, assets, bytes, seconds
     "What a fetch will take, from the catalog alone."
-    weights = [_weight(scene.files[b][1], b, grid) for scene in scenes for b in (*bands, 'SCL')]
+    weights = [_weight(scene.files[b][1], b, grid) for scene in scenes for b in (*bands, 'SCL') if b in scene.files]
     asked = [w for w in weights if w]
     return dict(scenes=len(scenes), assets=len(asked), bytes=round(sum(asked)),
                 seconds=round(sum(asked) / rate + .15 * 2 * len(asked) / workers))
@@ -74,7 +74,7 @@ class Piece:
     @property
     def key(self): return self.scene, self.band, *self.block
 
-# %% ../nbs/13_fetch.ipynb #f43f6cdb
+# %% ../nbs/13_fetch.ipynb #bec07305
 def pieces_of(
     scenes:list[Scene], # As given by `scenes_of`
     grid:GeoBox, # The whole grid
@@ -84,7 +84,7 @@ def pieces_of(
 ) -> list[Piece]: # Scene by scene
     "What has to be fetched for a cube."
     spans = [[slice(a, min(a + block, n)) for a in range(0, n, block)] for n in grid.shape]
-    return [Piece(s.id, b, (j, k), *s.files[b], grid[y, x], _path(folder, s.id, b, j, k)) for s in scenes for b in bands
+    return [Piece(s.id, b, (j, k), *s.files[b], grid[y, x], _path(folder, s.id, b, j, k)) for s in scenes for b in bands if b in s.files
             for j, y in enumerate(spans[0]) for k, x in enumerate(spans[1])]
 
 def _path(folder, scene, band, j, k): # Of a piece; names of scenes are the catalog's, and not trusted
@@ -188,7 +188,7 @@ def fetch(
             bar.update(); bar.set_postfix_str(f'{came / 1e6:.1f} MB')
     return _sum_up(wanted, read_journal(folder))
 
-# %% ../nbs/13_fetch.ipynb #9c32acc8
+# %% ../nbs/13_fetch.ipynb #ec02e2d4
 def _claim(folder, grid, block): # Say which grid a folder serves, or find that it serves another
     (folder/'pieces').mkdir(parents=True, exist_ok=True)
     says, path = json.dumps([list(grid.shape), list(grid.affine)[:6], str(grid.crs), block]), folder/'grid.json'
@@ -198,7 +198,8 @@ def _claim(folder, grid, block): # Say which grid a folder serves, or find that 
     part.write_text(says); os.replace(part, path)
 
 def _sum_up(pieces, book): # The journal by scene and asset
-    lines = pd.DataFrame([book[p.key] for p in pieces])
+    columns = ['scene', 'asset', 'status', 'error', 'fault', 'attempts', 'bytes', 'seconds']
+    lines = pd.DataFrame([book[p.key] for p in pieces], columns=columns)
     bad = lines.status != 'kept'
     sums = lines.groupby(['scene', 'asset'], sort=False).agg(dict(attempts='sum', bytes='sum', seconds='sum')).reset_index()
     worst = lines[bad].drop_duplicates(['scene', 'asset'])[['scene', 'asset', 'status', 'error', 'fault']]
@@ -218,7 +219,7 @@ def settle(
     rows.loc[orphans.drop_duplicates('day').index, ['status', 'reason']] = 'kept', ''
     return rows
 
-# %% ../nbs/13_fetch.ipynb #0dbfa5ac
+# %% ../nbs/13_fetch.ipynb #b192e503
 def asset_ledger(
     rows:pd.DataFrame, # A ledger of scenes, after `settle`
     got:pd.DataFrame, # Everything that `fetch` returned, one table after the other
@@ -230,6 +231,8 @@ def asset_ledger(
     cost = got.groupby(['scene', 'asset'], as_index=False).last().rename(columns={'status': 'came'})
     none = dict(came='', error='', attempts=0, bytes=0, seconds=0.)
     table = table.merge(cost, how='left').fillna(none).astype({'attempts': int, 'bytes': int})
+    none = table.status.isin(['kept', 'merged']) & (table.came == '')
+    table.loc[none, ['status', 'reason']] = 'dropped', 'the catalog has none; a detector told the clouds'
     spared = (table.status == 'failed') & (table.came != 'failed')
     table.loc[spared, 'reason'] = 'its scene lost another file: ' + table.reason[spared]
     table.loc[spared, 'status'] = 'dropped'

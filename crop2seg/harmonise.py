@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['baseline_of', 'evidence', 'Verdict', 'decide', 'offset_of', 'solar_day', 'ledger', 'write_ledger']
 
-# %% ../nbs/11_harmonise.ipynb #f4d9b3e3
+# %% ../nbs/11_harmonise.ipynb #75f5d209
 import re
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +15,7 @@ import pystac
 from .bands import BANDS
 from .output import whole
 from .season import Season
-from .stac import band_assets, scene_table
+from .stac import assets_there, scene_table
 
 # %% ../nbs/11_harmonise.ipynb #cb351914
 def baseline_of(
@@ -48,7 +48,7 @@ def _stated(properties): # The different values of BOA_ADD_OFFSET that a catalog
     if isinstance(found, dict): found = found.values()
     return sorted({int(v) for v in ([found] if isinstance(found, (int, float, str)) else found)})
 
-# %% ../nbs/11_harmonise.ipynb #532eaf60
+# %% ../nbs/11_harmonise.ipynb #879dc413
 def evidence(
     item:pystac.Item, # One scene
     bands:tuple=BANDS, # Bands that will be read
@@ -60,7 +60,7 @@ def evidence(
     votes |= {f'BOA_ADD_OFFSET {k}' if k else 'BOA_ADD_OFFSET': v for k, v in enumerate(_stated(p))}
     flags = [p.get(f'{k}:boa_offset_applied') for k in ('earthsearch', 'sentinel')]
     if any(flags): votes = {'boa_offset_applied': 0}
-    for band, key in band_assets(item, bands).items():
+    for band, key in assets_there(item, bands).items():
         offset, scale = (_raster(item.assets[key], k) for k in ('offset', 'scale'))
         if band != 'SCL' and offset is not None:
             votes[f'raster:bands {band}'] = round(offset * (1 if abs(offset) > 1 else 10_000)) # some tell stored steps
@@ -99,33 +99,38 @@ def offset_of(
     raise ValueError(f'scene {item.id} has an ambiguous offset: {found.evidence}; '
                      'let verify ask its pixels, or use a catalog without the contradiction')
 
-# %% ../nbs/11_harmonise.ipynb #bb6a37be
+# %% ../nbs/11_harmonise.ipynb #3304b241
 def solar_day(
     item:pystac.Item, # One scene
 ) -> pd.Timestamp: # Day at the longitude of the scene, without time zone
     "The local solar day of an acquisition (15 degrees of longitude an hour)."
     west, _, east, _ = item.bbox
-    return pd.Timestamp(item.datetime.replace(tzinfo=None) + timedelta(hours=(west + east) / 30)).normalize()
+    middle = (west + east) / 2 + 180 * (west > east)       # a scene across 180 degrees begins in the east
+    return pd.Timestamp(item.datetime.replace(tzinfo=None) + timedelta(hours=((middle + 180) % 360 - 180) / 15)).normalize()
 
-# %% ../nbs/11_harmonise.ipynb #c5ea413b
+# %% ../nbs/11_harmonise.ipynb #ec3867ff
 def ledger(
     items:list[pystac.Item], # All that the source offered
     season:Season, # Dates that are wanted
     bands:tuple=BANDS, # Bands that are wanted
+    scl:bool=True, # Whether a scene must have its classification
 ) -> pd.DataFrame: # `scene_table` and day, offset (may be empty), status, reason, evidence, verdict; a row a scene
     "Which scenes of a source are used, and why the others are not."
     rows = scene_table(items).assign(day=[solar_day(i) for i in items], baseline=[baseline_of(i) for i in items])
-    offset, *text = zip(*(_judge(i, d, season, bands) for i, d in zip(items, rows.day)))
+    offset, *text = zip(*(_judge(i, d, season, bands, scl) for i, d in zip(items, rows.day)))
     rows = rows.assign(offset=pd.array(offset, 'Int64'), **dict(zip(('status', 'reason', 'evidence', 'verdict'), text)))
     again = (rows.status == 'kept') & rows[rows.status == 'kept'].duplicated('day').reindex(rows.index, fill_value=False)
     rows.loc[again, ['status', 'reason']] = 'merged', 'same day as the scene before it'
     return rows
 
-def _judge(item, day, season, bands): # offset, status, reason, evidence, verdict of one scene
-    if not season.contains([day])[0]: return pd.NA, 'dropped', f'outside {season.start} to {season.end}', '', ''
+def _judge(item, day, season, bands, scl): # offset, status, reason, evidence, verdict of one scene
+    there, why = assets_there(item, bands), ''
     try: found = decide(item, bands)
-    except ValueError as e: return pd.NA, 'dropped', str(e), '', ''
-    return pd.NA if found.offset is None else found.offset, 'kept', '', found.evidence, found.verdict
+    except ValueError as e: found, why = Verdict(None, '', ''), str(e)
+    if missing := [b for b in bands if b not in there]: why = f'has no {", ".join(missing)}'
+    elif scl and 'SCL' not in there: why = 'has no scene classification (SCL); --detector spectrum tells clouds without it'
+    if not season.contains([day])[0]: why = f'outside {season.start} to {season.end}'
+    return pd.NA if found.offset is None else found.offset, 'dropped' if why else 'kept', why, found.evidence, found.verdict
 
 # %% ../nbs/11_harmonise.ipynb #1b06fa22
 def write_ledger(

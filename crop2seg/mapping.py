@@ -51,6 +51,8 @@ def check_fit(
                          'make a cube with the bands of the model')
     if 'clear' not in cube or 'season_year' not in cube.attrs:
         raise ValueError('the cube lacks its clear observations or its season; make it with crop2seg cube')
+    if 'x' in cube.coords and len(cube.x) > 1 and (pixel := round(float(cube.x[1] - cube.x[0]))) != 10:
+        raise ValueError(f'the cube has pixels of {pixel} m, the model was trained on 10 m; make a cube without --pixel')
     if any(len(run['stats'].get(k, ())) != len(want) for k in ('mean', 'std')):
         raise ValueError('the run folder lacks the mean and std of its bands; copy it again')
     legend, outputs = run['legend'], run['model']['args']['n_classes']

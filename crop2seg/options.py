@@ -65,7 +65,7 @@ def _months(text): # '4-9' or '11,12,1' as numbers
         return tuple(m for a, b in spans for m in (range(a, b + 1) if a <= b else (*range(a, 13), *range(1, b + 1))))
     raise ValueError(f'--months {text} are no months; write 4-9 or 3,4,10')
 
-# %% ../nbs/70_options.ipynb #fb7d1cb4
+# %% ../nbs/70_options.ipynb #10abc0f5
 def _number(kind, least, most=float('inf')): # A number in a range, for argparse
     def number(text):
         if not least <= (value := kind(text)) <= most: raise ValueError
@@ -73,8 +73,8 @@ def _number(kind, least, most=float('inf')): # A number in a range, for argparse
     number.__name__ = f'number from {least} to {most}'
     return number
 
-def _where(add): # Arguments that name a place and a season
-    add('--source', default='sample', help='catalog.json, folder of .SAFE products, STAC API address, earth-search, planetary-computer, cdse, or a saved cube')
+def _where(add, cube=True): # Arguments that name a place and a season
+    add('--source', default='sample', help='catalog.json, folder of .SAFE products, STAC API address, earth-search, planetary-computer, cdse' + ', or a saved cube'*cube)
     add('--bbox', help='W,S,E,N in degrees'); add('--aoi', help='file with polygons of the place')
     add('--place', help='Czech district or region, or a tile such as 33UVR')
     add('--season', type=_number(int, 1985, 2100), help='year of harvest; by default the one most scenes belong to')
@@ -82,7 +82,7 @@ def _where(add): # Arguments that name a place and a season
     add('--preset', help='part of the --season by name: whole, winter, summer, autumn, march, may, june or july')
 
 def _reading(add): # Arguments that say how a source is read
-    add('--max-cloud', type=_number(float, 0, 100), help='leave out scenes whose tile was cloudier, percent')
+    add('--max-cloud', type=_number(float, 0, 100), help='leave out scenes whose tile was cloudier, percent; scenes that do not say stay')
     add('--months', help='leave out other months: 4-9, or 3,4,10'); add('--tile', help='leave out other tiles than this one')
     add('--allow-host', action='append', metavar='HOST', help='also read from this host; may be repeated')
     add('--allow-http', action='store_true', help='also read without encryption'); add('--allow-private', action='store_true', help='also read from this computer and its network')
@@ -90,8 +90,8 @@ def _reading(add): # Arguments that say how a source is read
     add('--workers', type=_number(int, 1, 256), default=8, help='files read at a time')
     add('--scheduler', default='threads', help='threads, processes, or the address of a Dask cluster that sees the same disk')
 
-def _out(add, what): # Arguments that name an output
-    add('--out', required=True, help=what); add('--overwrite', action='store_true', help='replace what is there')
+def _out(add, what, needed=True): # Arguments that name an output
+    add('--out', required=needed, help=what); add('--overwrite', action='store_true', help='replace what is there')
 
 # %% ../nbs/70_options.ipynb #c4f4b86e
 def _simulate_options(add):
@@ -104,12 +104,13 @@ def _simulate_options(add):
     add('--parcels', type=_number(int, 1), help='parcels wanted, about; by default the landscape is true to size'); add('--region', default='czech', help='shares of the crops: czech, czech_country or varied')
     add('--aoi', help=argparse.SUPPRESS)
 
-# %% ../nbs/70_options.ipynb #1393d981
+# %% ../nbs/70_options.ipynb #5e987101
 def _scenes_options(add):
-    _where(add); _reading(add); add('--json', action='store_true', help='print JSON, a record a scene, instead of a table')
+    _where(add, cube=False); _reading(add); add('--json', action='store_true', help='print JSON, a record a scene, instead of a table')
 
 def _cube_options(add):
-    _where(add); _reading(add); _out(add, 'a .zarr folder; the ledgers lie beside it')
+    _where(add, cube=False); _reading(add); _out(add, 'a .zarr folder; the ledgers lie beside it', needed=False)
+    add('--pixel', type=int, choices=(10, 20, 60), default=10, help='metres; 20 or 60 make a preview from products that hold such files, without B08')
     add('--dry-run', action='store_true', help='say what would be read, and read nothing')
     add('--clear-set', default='default', choices=tuple(SETS), help='scene classes that count as clear; strict leaves out dark and unclassified pixels')
     add('--detector', choices=('spectrum', 'csmask'), help="judges dates without scene classes; csmask needs pip install 'crop2seg[clouds]'")
@@ -117,6 +118,16 @@ def _cube_options(add):
     add('--cloud-margin', type=_number(float, 0, 10_000), default=20., help='distance kept from clouds, metres')
     add('--min-clear', type=_number(float, 0, 1), default=.05, help='dates with a smaller clear share are dropped')
 
+def _regular_options(add):
+    _where(add); _reading(add); _out(add, 'a .zarr folder')
+    add('--every', type=_number(int, 1, 366), default=10, help='length of a step, days')
+    add('--thermal', type=_number(float, 1, 10_000), help='length of a step, degree days above 0, instead of --every; needs --weather')
+    add('--weather', help='csv of daily temperatures: date, and tmean or tmin and tmax, degrees Celsius')
+    add('--composite', choices=('median', 'medoid', 'clearest', 'linear'), default='median', help='value of a step: of the looks in it, or on the line between looks')
+    add('--gaps', choices=('hold', 'nan', 'keep'), default='hold', help='steps without a look: filled, and held at the ends; filled between looks only; left empty')
+    add('--smooth', type=_number(float, 1, 10_000), help="period that Whittaker's smoother halves, in units of the clock")
+
+# %% ../nbs/70_options.ipynb #d72fb59a
 def _dataset_options(add):
     _where(add); _reading(add); add('--out', required=True, help='new folder of patches')
     add('--parcels', help='vector file of declared parcels'); add('--labels', help='raster of class ids')
@@ -162,6 +173,6 @@ def _app_options(add):
     add('bundle', nargs='?', help='folder written by crop2seg map'); add('--port', type=_number(int, 0, 65_535), default=5006, help='of the server')
     add('--no-browser', action='store_true', help='do not open a browser')
 
-# %% ../nbs/70_options.ipynb #1d22e9b5
-OPTIONS = dict(simulate=_simulate_options, scenes=_scenes_options, cube=_cube_options, dataset=_dataset_options, train=_train_options,
+# %% ../nbs/70_options.ipynb #e70314d9
+OPTIONS = dict(simulate=_simulate_options, scenes=_scenes_options, cube=_cube_options, regular=_regular_options, dataset=_dataset_options, train=_train_options,
                evaluate=_evaluate_options, map=_map_options, app=_app_options) # verb -> what adds its options

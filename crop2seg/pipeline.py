@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_dataset', 'paint', 'describe', 'map_crops']
 
-# %% ../nbs/70_pipeline.ipynb #684a142c
+# %% ../nbs/70_pipeline.ipynb #7e3e70cd
 import json, os, shutil
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -22,7 +22,7 @@ from .export import append, finish, preview, strips, to_classes
 from .legend import Legend, data_dir, read_legend
 from .mapping import check_fit, predict_map, starts
 from .observe import books_of, take
-from .output import ready, remove, whole
+from .output import alone, ready, remove, whole
 from .parcels import burn, read_labels, read_outlines, read_parcels
 from .patches import write_dataset
 from .places import held_bands
@@ -106,6 +106,7 @@ def _inside(place, grid): # Pixels whose centre lies in the place
 # %% ../nbs/70_pipeline.ipynb #bba15170
 def _state(out, request, overwrite): # 'free' or 'same'; ValueError for what must not be replaced
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return 'free'
+    if Path(request['source']).absolute().is_relative_to(out): raise ValueError(f'the source lies in {out}, which would be replaced; name another folder')
     try: same = json.loads((out/'run.json').read_text())['request'] == json.loads(json.dumps(request))
     except (OSError, ValueError, KeyError) as e: raise ValueError(f'{out} holds something that is no crop map; name another folder') from e
     if not same and not overwrite: raise ValueError(f'{out} holds another crop map; name another folder or add --overwrite')
@@ -151,7 +152,7 @@ def describe(
                 legend=run['legend'], crs=cube.rio.crs.to_string(), transform=list(cube.rio.transform())[:6], mapped_pixels=total,
                 cube=str(Path(source).absolute()) if Path(source).suffix == '.zarr' else 'cube.zarr', note='Areas are counts of pixels, without an interval.')
 
-# %% ../nbs/70_pipeline.ipynb #4180ecbb
+# %% ../nbs/70_pipeline.ipynb #cc6ce531
 def map_crops(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # Folder of the bundle
@@ -168,17 +169,17 @@ def map_crops(
     (net, run), out = load_run(folder := find_run(model)), ready(out)
     starts(1000, kwargs.get('window', 128), kwargs.get('overlap', 32)) # refuses an overlap that does not fit
     weights = digest(*((folder/f).read_bytes() for f in ('model.safetensors', 'run.json')))
-    if str(source) == 'sample' and not (place or parcels): parcels = data_dir()/'sample'/'parcels.gpkg'
+    parcels = parcels or (data_dir()/'sample'/'parcels.gpkg' if str(source) == 'sample' and not place else None)
     outlines, drawn = parcels and read_outlines(parcels), parcels and digest(Path(parcels).read_bytes())
     request = _asked(source, place, season, reading, model=weights, parcels=drawn, **kwargs)
-    if Path(source).absolute().is_relative_to(out): raise ValueError(f'the source lies in {out}, which would be replaced; name another folder')
-    if _state(out, request, overwrite) == 'same': log(f'{out} is there already'); return out
-    kept = _kept(out, request, overwrite)
-    check_fit(cube := take(source, kept, place, season, bands=_ask(source, run, place, season, log, reading), log=log, **reading), run)
-    with whole(out) as part:
-        part.mkdir(); counts, total = paint(cube, net, run, part, place, **kwargs)
-        _describe(part, cube, run, counts, describe(cube, run, dict(folder=folder.name, **run['model']), request, total))
-        if parcels: log(count_votes(part, outlines, Legend.from_dict(run['legend'])))
-        _keep_inputs(source, kept, part)
+    with alone(out):
+        if _state(out, request, overwrite) == 'same': log(f'{out} is there already'); return out
+        kept = _kept(out, request, overwrite)
+        check_fit(cube := take(source, kept, place, season, bands=_ask(source, run, place, season, log, reading), log=log, **reading), run)
+        with whole(out) as part:
+            part.mkdir(); counts, total = paint(cube, net, run, part, place, **kwargs)
+            _describe(part, cube, run, counts, describe(cube, run, dict(folder=folder.name, **run['model']), request, total))
+            if parcels: log(count_votes(part, outlines, Legend.from_dict(run['legend'])))
+            _keep_inputs(source, kept, part)
     log(f'crop map in {out}: {largest(pd.read_csv(out/"areas.csv"))}')
     return out

@@ -60,6 +60,7 @@ def _kind(href, remote): # The driver that opens a file; no other is tried
     except KeyError: raise ReadError(f'{hide(href)} is not a TIFF or JPEG 2000 image by its name', 'odd') from None
     except ValueError as e: raise ReadError(str(e), 'odd') from None
 
+# %% ../nbs/11_reading.ipynb #e2000afa
 def _virtual(href): return href.startswith('/vsi') or '://' in href # Read by GDAL alone: an archive on disk, a bucket
 
 def _options(patience, href): # Of GDAL: no look around the file; where it reads alone, our limits and no tries of its own
@@ -79,7 +80,7 @@ def _window(file, grid, resampling): # Pixels of a file on a grid, 0 where there
     if paste: file.read(1, out=part, window=((rows.start, rows.stop), (cols.start, cols.stop)))
     else:
         reproject(rasterio.band(file, 1), part, src_nodata=0, dst_nodata=0, resampling=Resampling[resampling],
-                  dst_crs=_crs(file, grid), dst_transform=grid[target].transform)
+                  dst_crs=_crs(file, grid), dst_transform=(grid if part is out else grid[target]).transform)
     if part is not out: out[target] = part
     return out, _weight(file, (rows, cols))
 
@@ -158,6 +159,7 @@ def _over(faults, patience): # Whether these faults, the last one first to be as
     if len(faults) > patience.retries or faults.count(faults[-1]) > FAULTS.again[faults[-1]]: return True
     return bool(patience.stop and patience.stop())
 
+# %% ../nbs/11_reading.ipynb #23bd1eff
 def _signed(href, patience): # The address that is asked; ReadError if it must not be opened
     try: return sign(check_href(href, policy=patience.policy))
     except ValueError as e: raise ReadError(str(e), 'wrong') from None

@@ -73,7 +73,7 @@ def _public(ip): # Whether an IP address lies on the public internet, also under
         if inner: return _public(inner)
     return ip.is_global and not ip.is_multicast
 
-# %% ../nbs/08_remote.ipynb #ff1b4779
+# %% ../nbs/08_remote.ipynb #84230933
 def _encrypted(): # ValueError if something in the environment turns off the check of certificates
     options = {**os.environ, **(rasterio.env.getenv() if rasterio.env.hasenv() else {})}
     off = [k for k in ('GDAL_HTTP_UNSAFESSL',) if _yes(options.get(k, ''))]
@@ -90,17 +90,18 @@ def check_address(
     try: parts = urlsplit(url); host, _ = (parts.hostname or '').rstrip('.'), parts.port
     except ValueError: raise ValueError(f'{name} is no address; check it') from None
     if parts.scheme not in ('https', 's3', *['http'] * policy.http):
-        raise ValueError(f'{name} is not opened, for it does not begin with https://; set CROP2SEG_ALLOW_HTTP=1 '
-                         'if plain http is meant')
+        raise ValueError(f'{name} is not opened, for it does not begin with https://; add --allow-http '
+                         'or set CROP2SEG_ALLOW_HTTP=1 if plain http is meant')
     _encrypted()
     if '@' in parts.netloc: raise ValueError(f'{name} carries a name or a password; keep them in ~/.netrc')
     if not re.fullmatch(r'[a-z0-9._-]+|[0-9a-f:.]+', host): raise ValueError(f'{name} has no plain host name; check it')
     known = f's3://{host}' if parts.scheme == 's3' else host
     if not any(fnmatchcase(known, h) for h in policy.hosts):
-        raise ValueError(f'{known} is not among the known archives; if it is trusted, set CROP2SEG_ALLOW_HOSTS={known}')
+        raise ValueError(f'{known} is not among the known archives; if it is trusted, add --allow-host '
+                         f'{known} or set CROP2SEG_ALLOW_HOSTS={known}')
     if parts.scheme != 's3' and not policy.private and not all(map(_public, _numbers(host))):
-        raise ValueError(f'{host} is an address of this computer or its own network; set CROP2SEG_ALLOW_PRIVATE=1 '
-                         'if it is meant')
+        raise ValueError(f'{host} is an address of this computer or its own network; add --allow-private '
+                         'or set CROP2SEG_ALLOW_PRIVATE=1 if it is meant')
     return url
 
 # %% ../nbs/08_remote.ipynb #0ca0ba2a

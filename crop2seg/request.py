@@ -76,3 +76,4 @@ class Request:
     clouds: dict = field(default_factory=dict) # classes, detector of `add_clear`, outliers: whether the test in time is made
     least: float = .05      # dates with a smaller clear share are dropped, 0 to 1
     search: dict = field(default_factory=dict) # max_cloud, months, tile of `search`
+    pixel: int = 10         # metres; 20 or 60 for a preview

@@ -144,16 +144,20 @@ def _grid(granule, metres): # Shape and transform of the pixels of one size
     return {'proj:shape': [number(size, 'NROWS'), number(size, 'NCOLS')],
             'proj:transform': list(Affine(metres, 0, number(corner, 'ULX'), 0, -metres, number(corner, 'ULY')))[:6]}
 
-# %% ../nbs/09_safe.ipynb #cbca8b45
+# %% ../nbs/09_safe.ipynb #c1da6725
 def read_products(
     folder:str|Path, # A folder of products, or one product
     log:Callable=lambda text: None, # Takes one line of text a product
 ) -> pystac.Catalog: # Of items
-    "All products of a folder as a catalog; ValueError that names the first that cannot be used."
+    "All products of a folder as a catalog, those that cannot be used in its list `refused`; ValueError if that is all of them."
     found = find_products(folder)
     if not found: raise ValueError(f'{folder} holds no Sentinel-2 product; give a folder of .SAFE or .zip products')
     catalog = pystac.Catalog(Path(folder).stem, f'{len(found)} products')
+    catalog.refused = []
     for path in found:
         log(path.name)
-        catalog.add_item(read_product(path), set_parent=True)
+        try: catalog.add_item(read_product(path), set_parent=True)
+        except ValueError as e: catalog.refused.append({'scene': path.name.split('.')[0], 'reason': str(e)})
+    if len(catalog.refused) == len(found):
+        raise ValueError(catalog.refused[0]['reason'] + f'; {len(found) - 1} more cannot be used either' * (len(found) > 1))
     return catalog

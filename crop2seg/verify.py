@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITNESSES', 'LEAST', 'LIMITS', 'Look', 'look_of', 'offsets_seen', 'verify']
 
-# %% ../nbs/12_verify.ipynb #54643a4d
+# %% ../nbs/12_verify.ipynb #617137b4
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from odc.geo.geobox import GeoBox
 from scipy.ndimage import binary_erosion
 from .bands import BANDS
 from .reading import read_window
-from .stac import band_assets
+from .stac import assets_there
 
 # %% ../nbs/12_verify.ipynb #c7dc121d
 WITNESSES = ('B02', 'B04', 'B05', 'B8A', 'B11', 'B12') # Bands that are asked
@@ -130,7 +130,7 @@ def _promote(rows): # A merged scene stands for its day where the one before it 
     first = merged & ~rows.day.where(merged).duplicated()
     return rows.assign(status=rows.status.mask(first, 'kept'), reason=rows.reason.mask(first, ''))
 
-# %% ../nbs/12_verify.ipynb #aab00b92
+# %% ../nbs/12_verify.ipynb #1db1fb41
 def verify(
     items:list[pystac.Item], # Scenes
     rows:pd.DataFrame, # Their ledger
@@ -143,7 +143,7 @@ def verify(
     asked = tuple(b for b in WITNESSES if b in bands) or tuple(bands)
     few, used = grid.zoom_out(max(2, max(grid.shape) / size)), rows.index[rows.status.isin(['kept', 'merged'])]
     at = {i.id: i for i in items}
-    jobs = [dask.delayed(_sample)([i.assets[k].get_absolute_href() for k in band_assets(i, asked).values()], few, read)
+    jobs = [dask.delayed(_sample)({b: i.assets[k].get_absolute_href() for b, k in assets_there(i, asked).items()}, few, read)
             for i in (at[s] for s in rows.scene[used])]
     looks = dict(zip(used, dask.compute(*jobs)))
     good = [k for k in used if isinstance(looks[k], Look)]
@@ -155,7 +155,8 @@ def verify(
                                pixels=[t for _, t in told], dark=dark), cloudy)
 
 def _sample(hrefs, geobox, read): # The look at one scene, or why there is none
-    try: *dn, scl = (read(h, geobox) for h in hrefs)
+    try: dn = {band: read(href, geobox) for band, href in hrefs.items()}
     except (OSError, ValueError) as e:
         return f'cannot be read ({" ".join(str(e).split())})'
-    return look_of(np.stack(dn), scl)
+    scl = dn.pop('SCL', np.full(geobox.shape, 7, 'uint8')) # 7, unclassified: its ground proves nothing, its dark level may
+    return look_of(np.stack([*dn.values()]), scl)

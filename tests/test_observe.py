@@ -3,6 +3,7 @@ import functools, hashlib, os, signal, subprocess, sys, threading, time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pandas as pd, pystac, pytest, rasterio
+from crop2seg.cli import main
 from crop2seg.cube import open_cube
 from crop2seg.fetch import read_journal
 from crop2seg.observe import gather, make_cube
@@ -164,3 +165,37 @@ def test_the_policy_of_a_call_reaches_its_files(world, tmp_path):
         server.shutdown()
     assert set(pd.read_csv(tmp_path/'cube.ledger.csv').status) <= {'kept', 'merged', 'dropped'} and not (tmp_path/'no.zarr').exists()
     assert open_cube(made).reflectance.equals(open_cube(home).reflectance)
+
+def test_scenes_without_classes_need_a_detector(world, tmp_path, capsys):
+    source, home = world
+    items = [i.clone() for i in search(open_source(source))]
+    for i in items:
+        for a in i.assets.values(): a.href = a.get_absolute_href() or str((source.parent/i.id/a.href).resolve())
+        if (i.datetime.year, i.datetime.month) > (2019, 3): i.assets.pop('scl')         # half of a season has lost its classes
+    catalog = pystac.Catalog('blind', 'no classes'); catalog.add_items(items)
+    catalog.normalize_and_save(str(tmp_path/'blind'), pystac.CatalogType.ABSOLUTE_PUBLISHED)
+    where = ['cube', '--source', str(tmp_path/'blind'/'catalog.json'), '--out']
+    assert main([*where, str(tmp_path/'some.zarr')]) == 0
+    rows = pd.read_csv(tmp_path/'some.ledger.csv')
+    assert rows.reason[rows.status == 'dropped'].str.contains('--detector').any() and (pd.to_datetime(rows.day[rows.status == 'kept']) < '2019-04').all()
+    assert main([*where, str(tmp_path/'all.zarr'), '--detector', 'spectrum']) == 0
+    cube, whole, files = open_cube(tmp_path/'all.zarr'), open_cube(home), pd.read_csv(tmp_path/'all.assets.csv')
+    assert cube.sizes['time'] > open_cube(tmp_path/'some.zarr').sizes['time']
+    same = cube.time[np.isin(cube.time, whole.time)]
+    assert len(same) > 6 and cube.reflectance.sel(time=same).equals(whole.reflectance.sel(time=same))
+    agree = (cube.clear == whole.clear).sel(time=same).mean(('y', 'x'))
+    assert (agree[same < np.datetime64('2019-04')] == 1).all() and agree.mean() > .8
+    none = files[(files.asset == 'SCL') & files.reason.fillna('').str.contains('the catalog has none')]
+    assert set(none.status) == {'dropped'} and len(none) == (pd.to_datetime(rows.day) >= '2019-04').sum()
+
+def test_an_even_clock_by_command_and_its_map(world, tmp_path, capsys):
+    source, home = world
+    days = pd.date_range('2018-09-01', '2019-10-31')
+    pd.DataFrame(dict(date=days, tmean=10 - 12*np.cos((days.dayofyear - 15)/365*2*np.pi))).to_csv(tmp_path/'weather.csv')
+    word = ['regular', '--source', str(home), '--out', str(tmp_path/'even.zarr')]
+    assert main([*word, '--thermal', '200']) == 1 and 'both --thermal and --weather' in capsys.readouterr().err
+    assert main([*word, '--thermal', '200', '--weather', str(tmp_path/'weather.csv'), '--gaps', 'nan', '--smooth', '600']) == 0
+    even = open_cube(tmp_path/'even.zarr')
+    assert even.clock == '200 degree days' and not even.clear.all() and even.clear.equals(even.reflectance.notnull().any('band'))
+    assert main(['map', '--source', str(tmp_path/'even.zarr'), '--out', str(tmp_path/'map')]) == 0
+    assert main(word) == 1 and 'exists' in capsys.readouterr().err

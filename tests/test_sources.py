@@ -3,14 +3,16 @@ import contextlib, io, json, re, shutil, socketserver, sys, threading, types, wa
 from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-import numpy as np, pystac, pytest, rasterio, shapely
+import numpy as np, pandas as pd, pystac, pytest, rasterio, shapely
 from crop2seg.bands import BANDS
 from crop2seg.cli import main
-from crop2seg.cube import load_cube
+from crop2seg.cube import load_cube, open_cube
 from crop2seg.harmonise import ledger
+from crop2seg.observe import found
 from crop2seg.ranges import Patience
 from crop2seg.reading import read_window
 from crop2seg.remote import check_address, gdal_options, hide, policy_of, sign
+from crop2seg.request import Request
 from crop2seg.safe import MAX_FILES, find_products, read_product
 from crop2seg.season import Place, Season
 from crop2seg.stac import ASSET_NAMES, band_assets, coarse, open_source, scene_table, search, tile_of
@@ -120,10 +122,37 @@ def test_grid_and_offset_of_each_band_agree_with_stactools(tmp_path):
         if band != 'SCL': assert [mine['raster:bands'][0][k] for k in ('scale', 'offset')] == [1e-4, -.1]
 
 @needs_real
-def test_level_1c_is_refused_in_one_sentence(capsys):
+def test_level_1c_is_refused_in_one_sentence():
     path = next(p for p in PRODUCTS if 'MSIL1C' in p.name)
     with pytest.raises(ValueError, match='is a Level-1C product'): open_source(path)
-    with pytest.raises(ValueError, match='is a Level-1C product'): open_source(path.parent)
+
+@needs_real
+def test_one_bad_product_costs_no_other(tmp_path, capsys):
+    (tmp_path/'all').mkdir()
+    for p in PRODUCTS: (tmp_path/'all'/p.name).symlink_to(p)
+    (tmp_path/'all'/'S2A_MSIL2A_20190101T100000_N0211_R122_T33UVR_20190101T110000.zip').write_bytes(b'torn')
+    items, _, rows = found(Request(tmp_path/'all', season=Season(2023)))
+    last = rows.set_index('scene').reason
+    assert len(rows) == len(items) + 2 and 'Level-1C' in last[next(s for s in last.index if 'MSIL1C' in s)]
+    assert 'is not a zip' in last[next(s for s in last.index if '20190101' in s)]
+    assert main(['scenes', '--source', str(tmp_path/'all')]) == 0 and 'Level-1C' in capsys.readouterr().out
+
+@needs_real
+def test_the_command_makes_a_preview(tmp_path, capsys):
+    path = str(next(p for p in PRODUCTS if '20221005' in p.name))
+    assert main(['cube', '--source', path, '--out', str(tmp_path/'ten.zarr')]) == 1 and 'has no B02' in capsys.readouterr().err
+    assert main(['cube', '--source', path, '--out', str(tmp_path/'sixty.zarr'), '--pixel', '60']) == 0
+    cube = open_cube(tmp_path/'sixty.zarr')
+    assert cube.reflectance.shape == (1, 6, 1830, 1830) and cube.rio.resolution() == (60, -60)
+    assert .02 < np.nanmedian(cube.reflectance.sel(band='B04').values[cube.scl.values == 4]) < .05
+    files = pd.read_csv(tmp_path/'sixty.assets.csv')
+    assert (files.status == 'kept').all() and (files.offset == -1000).all() and len(files) == 7
+    assert main(['map', '--source', str(tmp_path/'sixty.zarr'), '--out', str(tmp_path/'map')]) == 1
+    assert 'pixels of 60 m' in capsys.readouterr().err
+
+def test_every_scene_says_its_offset_used_or_not():
+    rows = found(Request('sample', season=Season(2011)))[2]
+    assert (rows.status == 'dropped').all() and (rows.verdict == 'metadata').all() and rows.offset.notna().all()
 
 def preview(item):
     item, season, bands = coarse(item), Season(2023), ('B02', 'B03', 'B04', 'B8A', 'B11', 'B12')

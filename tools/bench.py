@@ -99,20 +99,25 @@ def grow(items, folder, edge):
             asset.href, asset.extra_fields['proj:shape'] = str(path), [wide, wide]
     return items
 
+def peak():
+    "Most memory that this process has held so far, MB."
+    status = Path('/proc/self/status')                       # Linux's getrusage counts the parent until a child begins
+    if status.exists(): return int(next(l for l in status.read_text().splitlines() if l.startswith('VmHWM')).split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 1024)
+
 def cost(folder, edge):
     "In a process of its own: bring a place home, put it together, save it; what that takes."
     warnings.simplefilter('ignore')
     items = [pystac.Item.from_dict(d) for d in json.loads((Path(folder)/'items.json').read_text())]
-    grid, rows, before = native_grid(items), ledger(items, Season(2019)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grid, rows, before = native_grid(items), ledger(items, Season(2019)), peak()
     scenes, start = scenes_of(items, rows), time.perf_counter()
     got = fetch(scenes, grid, (*BANDS, 'SCL'), Path(folder)/'scratch')
     middle = time.perf_counter()
     save_cube(fetched_cube(scenes, grid, BANDS, Path(folder)/'scratch'), Path(folder)/'cube.zarr')
     end, size = time.perf_counter(), len(scenes) * 22 * edge ** 2 / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f'cube of {edge**2 / 1e4:5.0f} km2, {len(scenes)} dates ({size:.0f} MB): fetched at {size / (middle - start):.0f} MB/s '
           f'({got.bytes.sum() / 1e6:.1f} MB stored), assembled and saved at {size / (end - middle):.0f} MB/s; '
-          f'peak memory {peak / 1024:.0f} MB, {before / 1024:.0f} MB of it before the first byte', flush=True)
+          f'peak memory {peak():.0f} MB, {before:.0f} MB of it before the first byte', flush=True)
 
 def cubes(here):
     "Loading a cube: ours beside two others at equal output, then what 1, 10 and 100 km2 take."
