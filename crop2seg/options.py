@@ -110,7 +110,7 @@ def _scenes_options(add):
 
 def _cube_options(add):
     _where(add, cube=False); _reading(add); _out(add, 'a .zarr folder; the ledgers lie beside it', needed=False)
-    add('--pixel', type=int, choices=(10, 20, 60), default=10, help='metres; 20 or 60 make a preview from products that hold such files, without B08')
+    add('--pixel', type=int, choices=(10, 20, 60), default=10, help='metres; 20 or 60 make a preview from products that hold such files, with the bands that these hold')
     add('--dry-run', action='store_true', help='say what would be read, and read nothing')
     add('--clear-set', default='default', choices=tuple(SETS), help='scene classes that count as clear; strict leaves out dark and unclassified pixels')
     add('--detector', choices=('spectrum', 'csmask'), help="judges dates without scene classes; csmask needs pip install 'crop2seg[clouds]'")
