@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pystac, pytest, rasterio
 from crop2seg.cli import main
 from crop2seg.cube import open_cube
+from crop2seg.even import make_regular
 from crop2seg.fetch import read_journal
 from crop2seg.observe import gather, make_cube
 from crop2seg.remote import policy_of
@@ -199,3 +200,12 @@ def test_an_even_clock_by_command_and_its_map(world, tmp_path, capsys):
     assert even.clock == '200 degree days' and not even.clear.all() and even.clear.equals(even.reflectance.notnull().any('band'))
     assert main(['map', '--source', str(tmp_path/'even.zarr'), '--out', str(tmp_path/'map')]) == 0
     assert main(word) == 1 and 'exists' in capsys.readouterr().err
+
+def test_a_cluster_keeps_the_same_even_clock(world, tmp_path):
+    from dask.distributed import LocalCluster
+    source, _ = world
+    how = dict(how=dict(how='medoid', smooth=60.), clock=dict(every=15), log=lambda *a: None)
+    here = make_regular(source, tmp_path/'here.zarr', **how)
+    with LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        there = make_regular(source, tmp_path/'there.zarr', scheduler=cluster.scheduler_address, **how)
+    assert hashes(here) == hashes(there)
