@@ -36,7 +36,7 @@ def _simulate(args): # A season -> static catalog and truth
                    progress=told if sys.stderr.isatty() else None, **where)
     print(f'simulated season: {out}')
 
-# %% ../nbs/71_cli.ipynb #3bd2d8a4
+# %% ../nbs/71_cli.ipynb #a3030e6e
 def _scenes(args): # Source -> table of scenes
     "List the scenes of a place and season, and what is known of them."
     from crop2seg.observe import found
@@ -47,7 +47,8 @@ def _scenes(args): # Source -> table of scenes
     table = rows[['scene', 'datetime', 'tile', 'cloud_cover', 'baseline', 'offset', 'verdict', 'status', 'reason']]
     when = rows.datetime.map(lambda t: '' if pd.isna(t) else f'{t:%Y-%m-%d %H:%M}')
     print(table.assign(datetime=when).to_string(index=False, max_colwidth=120, na_rep=''))
-    print(f'season {season.year}: {len(rows)} scenes; an ambiguous offset is settled on the pixels when a cube is made')
+    guessed = '' if args.season or args.start else ', to which most scenes belong (--season names another)'
+    print(f'season {season.year}{guessed}: {len(rows)} scenes; an ambiguous offset is settled on the pixels when a cube is made')
 
 def _cube(args): # Place and season -> Zarr cube and its ledgers
     "Build the cube of a place and season, with its ledgers."
@@ -55,7 +56,7 @@ def _cube(args): # Place and season -> Zarr cube and its ledgers
     from crop2seg.request import Request
     how, where = reading_of(args), (place_of(args), season_of_args(args))
     clouds = dict(classes=args.clear_set, detector=args.detector, outliers=args.temporal_test)
-    what = dict(pixel=args.pixel, clouds=clouds)
+    what = dict(pixel=args.pixel, clouds=clouds, bands=args.bands)
     if args.dry_run:
         cost = plan(Request(args.source, *where, search=how['limits'], **what), how['policy'], args.workers)
         return print('at most {scenes} scenes, {assets} files, {rows} x {columns} pixels; about {megabytes:.1f} MB to fetch in {seconds} s at 8 MB/s'
@@ -179,13 +180,14 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
         verb.add_argument('--debug', action='store_true', help='show where an error arose')
     return top
 
-# %% ../nbs/71_cli.ipynb #a1b24319
+# %% ../nbs/71_cli.ipynb #81c52c33
 def main(
     argv:list[str]|None=None, # Words after `crop2seg`; None takes those of the process
 ) -> int: # 0 done, 1 error; a mistyped command exits with 2
     "Run one verb."
     args = parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     warnings.simplefilter('ignore', NotGeoreferencedWarning)
+    warnings.filterwarnings('ignore', module='pystac_client') # of servers that do not say what they can
     warnings.filterwarnings('ignore', module='zarr') # of types that its specification does not name yet
     try: args.do(args)
     except KeyboardInterrupt: print('stopped; what was fetched is kept, the same command starts or goes on', file=sys.stderr); return 1

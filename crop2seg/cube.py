@@ -113,7 +113,7 @@ def _block(days, bands, read, block_info=None): # A block of a cube (time, band,
 def _source(scene, band, y, x, grid, patience): # Stored numbers of a window, from the source
     (href, box), how = scene.files[band], 'nearest' if band == 'SCL' else 'cubic'
     window = grid if grid.shape == (y.stop - y.start, x.stop - x.start) else grid[y, x]
-    try: return read_window(href, window, how, shape=box and box.shape, patience=patience)
+    try: return read_window(href, window, how, box=box, patience=patience)
     except ReadError as e:
         raise ReadError(f'{e}; fetch it again, or leave its scene out of the catalog', e.fault) from None
 

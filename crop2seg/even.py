@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['clock_of', 'make_regular']
 
-# %% ../nbs/16_even.ipynb #66867695
+# %% ../nbs/16_even.ipynb #99033b88
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 import xarray as xr
 from .cube import open_cube, save_cube
-from .observe import cluster, take
+from .observe import books_of, cluster, take
 from .output import alone, ready, remove
 from .regular import Clock, day_clock, regular, thermal_clock
 from .season import Place, Season, read_weather
@@ -28,7 +29,16 @@ def clock_of(
         raise ValueError('a clock in degree days needs daily temperatures; give both --thermal and --weather, or neither')
     return day_clock(season, every) if thermal is None else thermal_clock(season, read_weather(weather, season, place), thermal)
 
-# %% ../nbs/16_even.ipynb #7b457ca5
+# %% ../nbs/16_even.ipynb #3a48c732
+def _hand_on(made, out, work): # The ledgers of what the cube was made from; what was made on the way goes
+    for old, new in zip(books_of(made), books_of(out)):
+        if old.exists(): shutil.copyfile(old, new)
+    for left in (work, *books_of(work)): remove(left)
+
+def _between(seen): # Steps from the first look of a pixel to its last
+    return (seen.cumsum('time') > 0) & (seen[::-1].cumsum('time')[::-1] > 0)
+
+# %% ../nbs/16_even.ipynb #2ebbe7c8
 def make_regular(
     source:str|Path, # A saved cube, or anything `make_cube` takes
     out:str|Path, # A .zarr folder
@@ -48,9 +58,10 @@ def make_regular(
         work = out.with_name(f'.{out.name}.source.zarr')
         cube = take(source, work, place, season, overwrite=True, log=log, scheduler=scheduler, **reading)
         even = regular(cube, clock_of(season or Season(int(cube.season_year)), place=place, **clock), **how)
-        even = even.assign(clear=even.flag > 0, observations=even.looks.sum('time').astype('uint16'))
+        even = even.assign(clear=(even.flag > 0) & _between(even.looks > 0), observations=even.looks.sum('time').astype('uint16'))
         kept = {k: cube.attrs[k] for k in ('season_year', 'source', 'simulated') if k in cube.attrs}
         with cluster(scheduler): save_cube(even.assign_attrs(kept), out, overwrite=True)
-        for left in work.parent.glob(f'{work.stem}*'): remove(left)
-    log(f'{out.name}: {even.sizes["time"]} steps of {even.clock}, {float((even.flag == 1).mean()):.0%} of them seen')
+        _hand_on(Path(source) if Path(source).suffix == '.zarr' else work, out, work)
+    seen = float((open_cube(out).flag == 1).mean())
+    log(f'{out.name}: {even.sizes["time"]} steps of {even.clock}, {seen:.0%} of them seen')
     return out

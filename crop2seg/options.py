@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'place_of', 'season_of_args', 'reading_of']
 
-# %% ../nbs/70_options.ipynb #d3012d1f
+# %% ../nbs/70_options.ipynb #d3138cd2
 import argparse
 from datetime import date
+from .bands import BANDS
 from .clouds import SETS
 from .gazetteer import find_place
 from .ranges import Patience
@@ -104,12 +105,19 @@ def _simulate_options(add):
     add('--parcels', type=_number(int, 1), help='parcels wanted, about; by default the landscape is true to size'); add('--region', default='czech', help='shares of the crops: czech, czech_country or varied')
     add('--aoi', help=argparse.SUPPRESS)
 
-# %% ../nbs/70_options.ipynb #5e987101
+# %% ../nbs/70_options.ipynb #cf28ceaa
 def _scenes_options(add):
     _where(add, cube=False); _reading(add); add('--json', action='store_true', help='print JSON, a record a scene, instead of a table')
 
+def _bands(text): # 'B04,B08' as names
+    names = tuple(text.split(','))
+    if not set(names) <= set(BANDS) or len(set(names)) < len(names): raise ValueError
+    return names
+_bands.__name__ = f'list of bands (of {", ".join(BANDS)}, each once)'
+
 def _cube_options(add):
     _where(add, cube=False); _reading(add); _out(add, 'a .zarr folder; the ledgers lie beside it', needed=False)
+    add('--bands', type=_bands, default=BANDS, metavar='B02,B03,...', help='bands of the cube (default: all ten)')
     add('--pixel', type=int, choices=(10, 20, 60), default=10, help='metres; 20 or 60 make a preview from products that hold such files, with the bands that these hold')
     add('--dry-run', action='store_true', help='say what would be read, and read nothing')
     add('--clear-set', default='default', choices=tuple(SETS), help='scene classes that count as clear; strict leaves out dark and unclassified pixels')

@@ -103,19 +103,27 @@ def _crs(file, grid): # Projection of the grid; the file's own object if they ar
     same = file.crs and grid.crs.epsg and file.crs.to_epsg() == grid.crs.epsg
     return file.crs if same else str(grid.crs)
 
-# %% ../nbs/11_reading.ipynb #bb6c3fa9
+# %% ../nbs/11_reading.ipynb #ba07804d
 def _weight(file, roi): # Stored bytes of the blocks that a window touches
     (height, width), (rows, cols) = file.block_shapes[0], roi
     tag = lambda x, y: file.get_tag_item(f'BLOCK_SIZE_{x}_{y}', 'TIFF', bidx=1) or 2 * height * width
     return sum(int(tag(x, y)) for y in range(rows.start // height, -(-rows.stop // height))
                for x in range(cols.start // width, -(-cols.stop // width)))
 
-def _try(href, grid, resampling, shape, patience, end, account): # Pixels; ReadError
+def _odd(file, box, classes): # What makes a file another one than the catalog describes, or unreadable as stored numbers; None if nothing
+    kind, missing = file.dtypes[0], file.nodata
+    if kind != 'uint16' and not (classes and kind == 'uint8'): return f'holds {kind}, not stored numbers (uint16)'
+    if missing not in (None, 0): return f'says that {missing:g} is missing, not 0'
+    if box is None: return
+    if tuple(box.shape) != file.shape: return f'has {file.shape} pixels, its catalog says {tuple(box.shape)}'
+    if not file.transform.almost_equals(box.affine, abs(file.transform.a) / 10): return 'lies elsewhere than its catalog says'
+    if _crs(file, box) is not file.crs: return f'is in {file.crs}, its catalog says {box.crs}'
+
+def _try(href, grid, resampling, box, patience, end, account): # Pixels; ReadError
     remote = Remote(href, patience, end, account) if re.match('https?://', href) else None
     try:
         with _opened(href, remote, patience) as file:
-            if shape and tuple(shape) != file.shape:
-                raise ReadError(f'{hide(href)} has {file.shape} pixels, its catalog says {tuple(shape)}', 'wrong')
+            if odd := _odd(file, box, resampling == 'nearest'): raise ReadError(f'{hide(href)} {odd}', 'wrong')
             pixels, stored = _window(file, grid, resampling)
     except (RasterioError, OSError) as e:
         raise (remote and remote.error) or _broken(href, e) from None
@@ -131,12 +139,12 @@ def _broken(href, e): # The error of GDAL as one of ours
     if '://' in href and re.search('CURL error|imed out|Connection', text): fault = 'broken'
     return ReadError(f'{hide(href)} cannot be read ({text})', fault_of(int(status[1])) if status else fault)
 
-# %% ../nbs/11_reading.ipynb #e9bb34df
+# %% ../nbs/11_reading.ipynb #f8d68cf7
 def try_window(
     href:str, # Path or address of one band of one scene
     grid:GeoBox, # Where the pixels are wanted
     resampling:str='cubic', # 'nearest' for classes
-    shape:tuple=None, # Rows and columns that the catalog says the file has; None: not checked
+    box:GeoBox=None, # Pixels of the file as the catalog describes them; None: not checked
     patience:Patience=Patience(), # How often and how long
 ) -> tuple[UInt16[np.ndarray, "H W"]|None, dict]: # Stored numbers, 0 = missing; the account
     "A window of a file and the account of it: status (kept, failed), attempts, error, fault, bytes, seconds."
@@ -144,7 +152,7 @@ def try_window(
     account = dict(status='failed', attempts=0, error='', fault='', bytes=0, seconds=0.)
     while pixels is None:
         account['attempts'] += 1
-        try: pixels = _try(address or _signed(href, patience), grid, resampling, shape, patience, start + patience.timeout, account)
+        try: pixels = _try(address or _signed(href, patience), grid, resampling, box, patience, start + patience.timeout, account)
         except ReadError as e:
             account |= dict(error=str(e), fault=e.fault)
             pause = pause_of(account['attempts'], patience, e.wait)
@@ -169,12 +177,12 @@ def _anew(href, patience): # The address with a fresh signature; None where ther
     except ValueError: return None
     return address if address != href else None
 
-# %% ../nbs/11_reading.ipynb #4ff59e79
+# %% ../nbs/11_reading.ipynb #32341090
 def read_window(
     href:str, # As for `try_window`
     grid:GeoBox, # As for `try_window`
     resampling:str='cubic', # As for `try_window`
-    **more, # shape and patience, as for `try_window`
+    **more, # box and patience, as for `try_window`
 ) -> UInt16[np.ndarray, "H W"]: # Stored numbers, 0 where nothing was measured
     "A window of a file; ReadError, which is a ValueError, if it cannot be had."
     pixels, account = try_window(href, grid, resampling, **more)

@@ -6,8 +6,9 @@
 __all__ = ['SOURCES', 'ASSET_NAMES', 'open_source', 'assets_there', 'band_assets', 'coarse', 'tile_of', 'collections_of',
            'search', 'scene_table']
 
-# %% ../nbs/10_stac.ipynb #7b4eedf4
+# %% ../nbs/10_stac.ipynb #2b56a4ee
 import re
+from itertools import takewhile
 from importlib.util import find_spec
 from pathlib import Path
 import pandas as pd
@@ -47,14 +48,18 @@ def open_source(
                                 f'a STAC API address or one of {", ".join(SOURCES)}')
     return _open_static(str(path), policy)
 
-# %% ../nbs/10_stac.ipynb #6266217d
+# %% ../nbs/10_stac.ipynb #6abc0b44
+_MOST_BYTES, _MOST_ITEMS = 64 * 2**20, 20_000 # Of one file of a catalog; of one search: eight tiles for thirty years
+
 class _Files(DefaultStacIO): # Reads the files of a static catalog
     def __init__(self, policy): super().__init__(); self.policy = policy
     def read_text_from_href(self, href):
         if not is_remote(href): return super().read_text_from_href(href)
-        with open_session(self.policy) as session: answer = session.get(href, timeout=60)
-        answer.raise_for_status()
-        return answer.text
+        with open_session(self.policy) as session, session.get(href, timeout=60, stream=True) as answer:
+            answer.raise_for_status()
+            text = b''.join(takewhile(bool, (answer.raw.read(2**20, decode_content=True) for _ in range(_MOST_BYTES // 2**20 + 1))))
+        if len(text) > _MOST_BYTES: raise ValueError(f'{hide(href)} is larger than {_MOST_BYTES // 2**20} MB; it is no catalog')
+        return text.decode()
 
 class _Api(StacApiIO): # Asks a STAC API
     def __init__(self, policy):
@@ -101,13 +106,14 @@ def band_assets(
         raise ValueError(f'scene {item.id} has no {", ".join(missing)}; it cannot be used with these bands')
     return keys
 
-# %% ../nbs/10_stac.ipynb #65a8976d
+# %% ../nbs/10_stac.ipynb #10f636f6
 def coarse(
     item:pystac.Item, # One scene of a product, or of a catalog that lists these files
     metres:int=60, # Pixel size wanted: 20 or 60
 ) -> pystac.Item: # Assets are bands of that pixel size, under their Sentinel-2 names
     "A scene of larger pixels, for a preview; ValueError if it has none."
-    named = lambda names: next((k for n in names if (k := f'{n.split("_")[0]}_{metres}m') in item.assets), None)
+    wide = lambda k: abs((item.assets[k].extra_fields.get('proj:transform') or [0])[0]) == metres # under its plain name
+    named = lambda names: next((k for n in names for k in (f'{n.split("_")[0]}_{metres}m', n) if k in item.assets and (k != n or wide(k))), None)
     keys = {band: named(names) for band, names in ASSET_NAMES.items()}
     if not any(keys.values()):
         raise ValueError(f'scene {item.id} has no images of {metres} m; choose another pixel size')
@@ -132,18 +138,19 @@ def tile_of(
     names = (p.get('s2:product_uri'), p.get('sentinel:product_id'), item.id)
     return next((m[1] for n in names if n and (m := re.search(r'_T(\d\d[A-Z]{3})(_|$)', n))), '')
 
-# %% ../nbs/10_stac.ipynb #43a10ff5
-def _walk(catalog, far, policy): # (item, whether it came over the network) for all items below a catalog
+# %% ../nbs/10_stac.ipynb #b110b350
+def _walk(catalog, far, policy, seen): # (item, whether it came over the network) for all items below a catalog
+    if (here := catalog.get_self_href() or id(catalog)) in seen: raise ValueError(f'{catalog.id} is linked from below itself')
     for link in catalog.get_links():
         if link.rel not in ('child', 'item'): continue
         away = far or is_remote(link.get_absolute_href() or '')
         if not link.is_resolved(): check_href(link.get_absolute_href(), far, policy)
         thing = link.resolve_stac_object(root=catalog.get_root()).target
         if isinstance(thing, pystac.Item): yield thing, away
-        else: yield from _walk(thing, away, policy)
+        else: yield from _walk(thing, away, policy, {*seen, here})
 
 def _read(catalog, place, policy): # The items of a static catalog that touch a place
-    try: return [(i, far) for i, far in _walk(catalog, is_remote(catalog.get_self_href() or ''), policy)
+    try: return [(i, far) for i, far in _walk(catalog, is_remote(catalog.get_self_href() or ''), policy, set())
                  if place is None or shape(i.geometry).intersects(place.geometry)]
     except Exception as e: # a broken link, an item that is none
         raise ValueError(f'catalog {catalog.id} holds something that cannot be read ({" ".join(hide(e).split())}); '
@@ -159,7 +166,7 @@ def _let_pass(found, policy): # ValueError if a band of an item lies where nothi
             except ValueError as e: raise ValueError(f'scene {item.id}: {e}') from None
             if is_remote(href): seen.add(host)
 
-# %% ../nbs/10_stac.ipynb #89a3ff35
+# %% ../nbs/10_stac.ipynb #13d14e96
 def collections_of(
     source:pystac.Catalog, # As opened by `open_source`
 ) -> tuple: # Collections to be asked, the preferred one first
@@ -178,9 +185,10 @@ def _ask(client, place, season, collections): # The items of a STAC API; a colle
     found, day = [], lambda i: (tile_of(i), i.datetime.date())
     for name in (collections,) if isinstance(collections, str) else collections:
         try: more = list(client.search(collections=[name], intersects=place.geometry.__geo_interface__, limit=100,
-                                       datetime=f'{season.start}/{season.end}', max_items=None).items())
+                                       datetime=f'{season.start}/{season.end}', max_items=_MOST_ITEMS + 1).items())
         except pystac_client.exceptions.APIError as e:
             raise ValueError(f'{client.id} refused the search: {hide(e)}') from None
+        if len(more) > _MOST_ITEMS: raise ValueError(f'{client.id} has more than {_MOST_ITEMS} scenes; take a smaller place or season')
         have = {day(i) for i in found}
         found += [i for i in more if day(i) not in have]
     return found

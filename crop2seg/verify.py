@@ -70,15 +70,16 @@ def _judge(look, near, offsets, bands): # 0 or -1000 where the step says so clea
     sure = enough and (dark - 1000 >= -230)[seen].all() and (mid - 1000)[calm].mean() >= -150
     return -1000 if sure and fits(-1000) else None
 
-# %% ../nbs/12_verify.ipynb #fb2fa992
+# %% ../nbs/12_verify.ipynb #b3e84349
 def offsets_seen(
     looks:list[Look], # Samples of one place, by time
     bands:tuple=WITNESSES, # Their bands
+    said:list=(), # Offset of each scene where its metadata agree: 0 or -1000; None where they do not
 ) -> list[tuple[int|None, str]]: # A scene: 0, -1000 or None where the pixels are not clear; and why
     "The offsets that the pixels of a season prove."
     shared = np.array([l.clear.ravel() for l in looks], 'float32'); shared = shared @ shared.T
     found = {k: (0, f'1 % below {l.dark.min():.0f} in {bands[l.dark.argmin()]}')
-             for k, l in enumerate(looks) if l.dark.min() < 600} or _begin(looks, shared, bands)
+             for k, l in enumerate(looks) if l.dark.min() < 600} or _begin(looks, shared, bands, list(said) or [None]*len(looks))
     while new := {k: o for k in range(len(looks)) if k not in found
                   and (o := _ask(k, looks, shared, {j: f[0] for j, f in found.items()}, bands)) is not None}:
         says = {0: 'no step against the dates around', -1000: 'a step of 0.1 in all bands against the dates around'}
@@ -89,19 +90,26 @@ def _ask(k, looks, shared, known, bands): # Judge a scene by the nearest that ar
     near = sorted((j for j in known if j != k and shared[k, j] >= LEAST), key=lambda j: abs(j - k))[:5]
     return _judge(looks[k], [looks[j] for j in near], [known[j] for j in near], bands)
 
-def _begin(looks, shared, bands): # The scenes with which a season that carries the 1000 begins, else nothing
-    fair = [k for k, l in enumerate(looks) if l.clear.sum() >= LEAST and l.cloudy < .4]
-    if len(fair) < 3 or not np.isin(bands, _VISIBLE).any(): return {}
-    floor = np.sort([looks[k].dark for k in fair], axis=0)[1]
-    if not (850 <= floor.min() <= 1500 and (floor[np.isin(bands, _CALM)] < 2200).all()): return {}
-    seeds = [k for k in fair if _ask(k, looks, shared, dict.fromkeys(fair, -1000), bands) == -1000]
-    says = f'nothing below {floor.min():.0f} on {len(fair)} dates'
-    return dict.fromkeys(seeds, (-1000, says)) if len(seeds) >= 3 else {}
-
 def _unclear(look): # Why the pixels do not tell
     if np.isnan(look.dark).any(): return 'too few pixels were seen'
     if look.clear.sum() < LEAST: return 'too few clear pixels'
     return f'{look.cloudy:.0%} cloudy or uncertain, darkest percent at {look.dark.min():.0f}'
+
+# %% ../nbs/12_verify.ipynb #8cc881e5
+def _begin(looks, shared, bands, said): # The scenes with which a season that carries the 1000 begins, else nothing
+    fair = [k for k, l in enumerate(looks) if l.clear.sum() >= LEAST and l.cloudy < .4 and said[k] != 0]
+    if len(fair) < 3 or not np.isin(bands, _VISIBLE).any(): return {}
+    floor = np.sort([looks[k].dark for k in fair], axis=0)[1]
+    if not (850 <= floor.min() <= 1500 and (floor[np.isin(bands, _CALM)] < 2200).all()): return {}
+    green = sum(_green(looks[k], bands) > .05 for k in fair) >= 3
+    seeds = [k for k in fair if (green or said[k] == -1000) and _ask(k, looks, shared, dict.fromkeys(fair, -1000), bands) == -1000]
+    says = f'nothing below {floor.min():.0f} on {len(fair)} dates' + ', and crops are green only without the 1000'*bool(green)
+    return dict.fromkeys(seeds, (-1000, says)) if len(seeds) >= 3 else {}
+
+def _green(look, bands): # Share of the clear pixels that are a dense canopy if the 1000 is taken off
+    if not {'B04', 'B8A'} <= set(bands): return 0
+    red, nir = (look.dn[list(bands).index(b)][look.clear].astype(float) - 1000 for b in ('B04', 'B8A'))
+    return ((nir > 3500) & (nir - red > .85*(nir + red))).mean()
 
 # %% ../nbs/12_verify.ipynb #b1a345af
 def _settle(rows, cloudy): # The table above
@@ -130,7 +138,7 @@ def _promote(rows): # A merged scene stands for its day where the one before it 
     first = merged & ~rows.day.where(merged).duplicated()
     return rows.assign(status=rows.status.mask(first, 'kept'), reason=rows.reason.mask(first, ''))
 
-# %% ../nbs/12_verify.ipynb #1db1fb41
+# %% ../nbs/12_verify.ipynb #97fbbaab
 def verify(
     items:list[pystac.Item], # Scenes
     rows:pd.DataFrame, # Their ledger
@@ -147,7 +155,8 @@ def verify(
             for i in (at[s] for s in rows.scene[used])]
     looks = dict(zip(used, dask.compute(*jobs)))
     good = [k for k in used if isinstance(looks[k], Look)]
-    seen = dict(zip(good, offsets_seen([looks[k] for k in good], asked)))
+    said = [int(rows.offset[k]) if rows.verdict[k] == 'metadata' else None for k in good]
+    seen = dict(zip(good, offsets_seen([looks[k] for k in good], asked, said)))
     told = [seen.get(k, (None, looks.get(k, ''))) for k in rows.index]
     dark = pd.Series({k: looks[k].dark.min() for k in good}, dtype=float).reindex(rows.index)
     cloudy = pd.Series({k: looks[k].cloudy for k in good}, dtype=float).reindex(rows.index)

@@ -4,7 +4,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pytest, rasterio
 from crop2seg.cube import load_cube, native_grid, open_cube, save_cube, scenes_of
-from crop2seg.fetch import asset_ledger, fetch, fetched_cube, read_journal, settle
+from crop2seg.account import asset_ledger, settle
+from crop2seg.fetch import fetch, fetched_cube, read_journal
 from crop2seg.harmonise import ledger
 from crop2seg.ranges import Patience
 from crop2seg.reading import read_window
@@ -153,7 +154,8 @@ import json, sys
 from crop2seg.cube import save_cube, scenes_of
 from crop2seg.ranges import Patience
 from crop2seg.remote import policy_of
-from crop2seg.fetch import fetch, fetched_cube, settle
+from crop2seg.account import settle
+from crop2seg.fetch import fetch, fetched_cube
 from crop2seg.harmonise import ledger
 from crop2seg.cube import native_grid
 from crop2seg.season import Season
