@@ -209,3 +209,63 @@ def test_a_cluster_keeps_the_same_even_clock(world, tmp_path):
     with LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         there = make_regular(source, tmp_path/'there.zarr', scheduler=cluster.scheduler_address, **how)
     assert hashes(here) == hashes(there)
+
+def relaid(source, to, change):
+    "A copy of a catalog, its items changed by `change(item)`; images are copied"
+    items = [i.clone() for i in search(open_source(source))]
+    for i in items:
+        for a in i.assets.values(): a.href = a.get_absolute_href()
+        change(i)
+    catalog = pystac.Catalog(to.name, 'changed'); catalog.add_items(items)
+    catalog.normalize_and_save(str(to), pystac.CatalogType.ABSOLUTE_PUBLISHED)
+    return to/'catalog.json'
+
+def repaint(asset, folder, paint, **profile):
+    "Another image in place of an asset's"
+    with rasterio.open(asset.href) as f: values, old = f.read(1), f.profile
+    path = folder/f'{abs(hash(asset.href))}.tif'
+    keep = {k: old[k] for k in ('width', 'height', 'crs', 'transform')}
+    with rasterio.open(path, 'w', **dict(driver='GTiff', count=1, dtype=old['dtype'], nodata=old['nodata']) | keep | profile) as f: f.write(paint(values), 1)
+    asset.href = str(path)
+
+def test_odd_images_are_failures_and_never_numbers(world, tmp_path):
+    source, home = world
+    (images := tmp_path/'images').mkdir()
+    kept = pd.read_csv(home.with_name('home.ledger.csv')).query('status == "kept"').scene.tolist()
+    odd = {kept[0]: (lambda v: (v/1e4).astype('float32'), dict(dtype='float32', nodata=None), 'holds float32'),
+           kept[1]: (lambda v: (v//256).astype('uint8'), dict(dtype='uint8'), 'holds uint8'),
+           kept[2]: (lambda v: np.where(v > 0, v, 65535).astype('uint16'), dict(nodata=65535), '65535 is missing'),
+           kept[3]: (lambda v: 0*v, {}, 'shows 0% of what its scene covers')}
+    def change(item):
+        if item.id in odd: repaint(item.assets[band_assets(item)['B04']], images, *odd[item.id][:1], **odd[item.id][1])
+        if item.id == kept[4]: # the catalog lies about the place of one band
+            at = item.assets[band_assets(item)['B08']].extra_fields['proj:transform']; at[2] += 100_000
+    cube = open_cube(make_cube(relaid(source, tmp_path/'odd', change), tmp_path/'cube.zarr', log=lambda *a: None))
+    rows = pd.read_csv(tmp_path/'cube.ledger.csv').set_index('scene')
+    for scene, (_, _, says) in odd.items(): assert rows.status[scene] == 'failed' and says in rows.reason[scene], rows.loc[scene]
+    assert rows.status[kept[4]] == 'failed' and rows.reason[kept[4]].startswith('B08: ')
+    assert rows.status[kept[5:]].eq('kept').all() and cube.sizes['time'] == len(kept) - 5
+    assert cube.reflectance.equals(open_cube(home).reflectance.sel(time=cube.time))
+
+@pytest.mark.parametrize('said', ['no offset', 'contested', 'nothing'])
+def test_bright_ground_is_never_made_dark(said, world, tmp_path):
+    "Pale ground, nowhere below 0.09: without offset, and as pale as if it had one"
+    source, _ = world
+    (images := tmp_path/'images').mkdir()
+    season = simulate(tmp_path/'season', size=32, dates=14, parcels=6, cloudy=.2)
+    def change(item):
+        if said == 'nothing': item.properties.pop('s2:processing_baseline')
+        if said == 'contested': item.properties |= {'s2:processing_baseline': '05.09', 'earthsearch:boa_offset_applied': True}
+        for band, key in band_assets(item).items():
+            bands = item.assets[key].extra_fields['raster:bands']
+            if band == 'SCL': continue
+            if said == 'nothing': bands[0].pop('offset', None)
+            if said == 'contested': bands[0]['offset'] = -.1
+            repaint(item.assets[key], images, lambda v: np.where(v > 0, .35*v + 900, 0).astype('uint16'))
+    told, lines = relaid(season, tmp_path/'pale', change), []
+    if said != 'no offset':
+        with pytest.raises(ValueError, match='ambiguous offset'): make_cube(told, tmp_path/'cube.zarr', log=lines.append)
+        return
+    cube = open_cube(make_cube(told, tmp_path/'cube.zarr', log=lines.append))
+    assert (cube.offset == 0).all() and np.nanmin(cube.reflectance.sel(band='B02').where(cube.clear)) > .085
+    assert 'bright ground, or a wrong catalog' in lines[0]

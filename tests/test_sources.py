@@ -4,6 +4,7 @@ from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 import numpy as np, pandas as pd, pystac, pytest, rasterio, shapely
+from crop2seg import stac
 from crop2seg.bands import BANDS
 from crop2seg.cli import main
 from crop2seg.cube import load_cube, open_cube
@@ -469,3 +470,28 @@ def test_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match='folder of products'): open_source(tmp_path)
     with pytest.raises(ValueError, match='is a saved cube'): open_source(tmp_path/'cube.zarr')
     assert find_products(tmp_path) == []
+
+def test_a_catalog_that_bites_its_tail_and_one_without_end(tmp_path, monkeypatch):
+    top = pystac.Catalog('top', 'a'); top.add_child(low := pystac.Catalog('low', 'b'))
+    top.normalize_and_save(str(tmp_path/'ring'), pystac.CatalogType.SELF_CONTAINED)
+    path = next((tmp_path/'ring').rglob('low/catalog.json')); told = json.loads(path.read_text())
+    told['links'].append(dict(rel='child', href='../catalog.json')); path.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match='linked from below itself'): search(open_source(tmp_path/'ring'))
+    monkeypatch.setattr(stac, '_MOST_ITEMS', 30); monkeypatch.setattr(stac, '_MOST_BYTES', 2**20)
+    def answer(method, path, body):
+        if path.startswith('/large'): return 200, {}, b'{' + b' '*2**21
+        if method == 'GET': return endless(method, path, body)
+        features = [scene('2019-05-01', name=f'S{len(seen)}{k}') for k in range(10)]
+        return endless.json(dict(type='FeatureCollection', features=features, links=[dict(rel='next', href=f'{base}/search', method='POST', body={})]))
+    with serve(answer) as (base, seen):
+        endless = Api({}); endless.base = base
+        with pytest.raises(ValueError, match='more than 30 scenes'): search(open_source(base, LOOPBACK), here, season)
+        with pytest.raises(ValueError, match='larger than 1 MB'): open_source(f'{base}/large.json', LOOPBACK)
+    assert len(seen) < 20
+
+def test_20_m_bands_under_their_plain_names(capsys, tmp_path):
+    assert main(['cube', '--source', 'sample', '--pixel', '20', '--out', str(tmp_path/'twenty.zarr'), '--months', '5']) == 0
+    cube = open_cube(tmp_path/'twenty.zarr')
+    assert cube.rio.resolution() == (20, -20) and cube.band.values.tolist() == ['B05', 'B06', 'B07', 'B8A', 'B11', 'B12']
+    assert main(['cube', '--source', 'sample', '--bands', 'B04,B08', '--out', str(tmp_path/'two.zarr'), '--months', '5']) == 0
+    assert open_cube(tmp_path/'two.zarr').band.values.tolist() == ['B04', 'B08']
