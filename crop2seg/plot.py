@@ -47,14 +47,15 @@ def show_rgb(
     ax.set(xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/03_plot.ipynb #05e0bd4f
+# %% ../nbs/03_plot.ipynb #c1f7b8cb
 def show(
     fig:plt.Figure, # a drawn figure; it is closed
     colours:int=32, # kept, 2 to 256: fewer, smaller
+    dpi:float|None=None, # dots an inch; None: as drawn
 ) -> Display: # PNG with a palette, shown where it ends a cell
     "A figure as a picture of few colours; raises ValueError when these are not 2 to 256."
     if not 2 <= colours <= 256: raise ValueError(f"{colours} colours do not fit a palette; keep 2 to 256")
-    fig.savefig(raw := io.BytesIO(), format='png', bbox_inches='tight')
+    fig.savefig(raw := io.BytesIO(), format='png', bbox_inches='tight', dpi=dpi or 'figure')
     plt.close(fig)
     Image.open(raw).convert('RGB').quantize(colours).save(small := io.BytesIO(), 'png', optimize=True)
     return Display(small.getvalue())
@@ -104,21 +105,21 @@ def show_series(
     for ax, scene, day in zip(axs.flat, x, dates): show_rgb(scene, ax, top).set_title(str(day)[:10], fontsize=8)
     return axs.flat[:len(x)]
 
-# %% ../nbs/03_plot.ipynb #37306b0e
+# %% ../nbs/03_plot.ipynb #6a7a5102
 def show_profiles(
     dates, # T dates (numpy datetime64) or days
-    values:dict, # class id -> (mean, std), each of T values; NaN leaves a gap
+    values:dict, # class id -> (low, middle, high), each of T values; NaN leaves a gap
     legend:Legend, # names and colours
     ax:plt.Axes|None=None, # where to draw; None: a new figure
     ylabel:str='NDVI', # quantity and its unit
 ) -> plt.Axes: # the axes drawn on
-    "Mean and standard deviation over time, a line a class."
+    "A line a class over time, in a band from low to high."
     ax, edge = _axes(ax, (5, 2.4)), [Stroke(linewidth=3.2, foreground='#555'), Normal()]
-    for k, (mean, std) in values.items():
+    for k, band in values.items():
         colour, name = legend.colors[legend.ids.index(k)], legend.short[legend.ids.index(k)]
-        mean, std = np.asarray(mean, float), np.asarray(std, float)
-        ax.plot(dates, mean, color=colour, label=name, lw=2, marker='.', path_effects=edge)
-        ax.fill_between(dates, mean - std, mean + std, color=colour, alpha=.2, lw=0)
+        low, middle, high = (np.asarray(v, float) for v in band)
+        ax.plot(dates, middle, color=colour, label=name, lw=2, marker='.', path_effects=edge)
+        ax.fill_between(dates, low, high, color=colour, alpha=.35, lw=0)
     ax.set(ylabel=ylabel, xlabel='date' if np.asarray(dates).dtype.kind in 'MOU' else 'days since 1 September')
     ax.legend(frameon=False, fontsize=8)
     return ax
