@@ -6,7 +6,7 @@
 __all__ = ['SHARED', 'SCORES', 'predict_patches', 'pixel_features', 'fit_forest', 'group_runs', 'shared_parcels',
            'forest_patches', 'tally_patches', 'protocol_note', 'collect', 'evaluate', 'evaluation_text']
 
-# %% ../nbs/53_evaluate.ipynb #4fda6975
+# %% ../nbs/53_evaluate.ipynb #e67be429
 import textwrap
 from collections.abc import Iterator
 from functools import reduce
@@ -15,20 +15,19 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from .bands import NODATA, SCALE
-from torch.utils.data import DataLoader
+from .batches import make_loader
 from .dataset import CropDataset
 from .files import write_json
 from .legend import Legend
 from .metrics import Tally, scores
 from .models.pixel import PixelForest, monthly_medians
-from .patches import read_index, read_patch
+from .patches import decode, read_index, read_patch
 from .recipe import choose_device
 from .runs import check_held_out, may_score, read_run
 from .season import Season
-from .training import as_batch, load_run
+from .training import load_run
 
-# %% ../nbs/53_evaluate.ipynb #1a24005e
+# %% ../nbs/53_evaluate.ipynb #b266d06a
 @torch.no_grad()
 def predict_patches(
     run:str|Path, # Run folder
@@ -43,7 +42,7 @@ def predict_patches(
     may_score(about, read_index(folder)[1], folds, run)
     data = CropDataset(folder, tuple(folds), stats=about['stats'])
     names = iter(data.index.patch_id)
-    for batch in DataLoader(data, batch_size=batch_size, collate_fn=as_batch):
+    for batch in make_loader(data, batch_size):
         *inputs, _ = (a.to(device) for a in batch)
         for probs in model(*inputs).float().softmax(1).cpu().numpy(): yield next(names), probs
 
@@ -58,7 +57,7 @@ def pixel_features(
     patch = read_patch(folder, row.patch_id)
     x, clear = rearrange(patch['series'], 't c h w -> t c (h w)'), rearrange(patch['clear'], 't h w -> t (h w)')
     if pixels is not None: x, clear = x[..., pixels], clear[:, pixels]
-    return monthly_medians(np.where(x == NODATA, np.nan, x*np.float32(SCALE)),
+    return monthly_medians(decode(x),
                            Season(int(getattr(row, 'season_year', year))).days(row.dates), clear)
 
 def fit_forest(

@@ -9,7 +9,7 @@ __all__ = ['Recipe', 'settle', 'choose_device', 'choose_precision']
 from dataclasses import asdict, dataclass
 import torch
 
-# %% ../nbs/38_recipe.ipynb #29041a67
+# %% ../nbs/38_recipe.ipynb #205d2b31
 @dataclass(frozen=True)
 class Recipe:
     "What decides the result of a training."
@@ -26,6 +26,7 @@ class Recipe:
     augment:bool=True # Flips and turns
     temporal_dropout:float=.2 # Share of dates dropped in training
     physics:float=0. # Strength of the errors of sensor, atmosphere and calendar drawn in training
+    rare:float=0. # Pull of rare classes on the draw of patches, 0 to 1; 0 shows every patch once an epoch
     loss:str='cross_entropy' # or 'focal'
     class_weights:bool=False # Inverse square root of the class frequency
     smoothing:float=0. # Label smoothing of the cross-entropy
@@ -34,7 +35,7 @@ class Recipe:
     tune:str='all' # Weights that move: 'all' or 'head', the last layer alone
     keep:float=0. # How strongly a tuned model is held to what it said before
 
-# %% ../nbs/38_recipe.ipynb #77ac5d09
+# %% ../nbs/38_recipe.ipynb #85aadda1
 def settle(
     recipe:Recipe, # As asked for
     folds:list, # Folds of the data set
@@ -56,10 +57,11 @@ def settle(
     if not 0 <= r.temporal_dropout < 1:
         raise ValueError(f"temporal_dropout is {r.temporal_dropout}; give a share from 0 to below 1")
     if r.tune not in ('all', 'head'): raise ValueError(f"tune is {r.tune!r}; choose 'all' or 'head'")
-    if not 0 <= r.keep <= 100: raise ValueError(f"keep is {r.keep}; give a strength from 0 to 100")
+    for name, top in dict(physics=2, rare=1, keep=100).items():
+        value = getattr(r, name)
+        if not 0 <= value <= top: raise ValueError(f"{name} is {value}; give a strength from 0 to {top}")
     if r.start_from is None and (r.keep or r.tune != 'all'):
         raise ValueError("tune and keep need a model to start from; set start_from or leave them out")
-    if not 0 <= r.physics <= 2: raise ValueError(f"physics is {r.physics}; give a strength from 0 to 2")
     held_out, start = (None if v is None else f(v) for f, v in ((int, r.valid_fold), (str, r.start_from)))
     return Recipe(**asdict(r) | dict(
         model_args=dict(r.model_args or {}) or None, train_folds=train, valid_fold=held_out, start_from=start))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARES', 'INGREDIENTS', 'EDGE', 'RECIPE', 'place', 'draw_crops', 'sheet', 'unfinished', 'write_simulated']
 
-# %% ../nbs/35_simulated.ipynb #25dfab56
+# %% ../nbs/35_simulated.ipynb #bf49523f
 import hashlib
 import json
 from concurrent.futures import ProcessPoolExecutor
@@ -17,14 +17,15 @@ import pandas as pd
 from jaxtyping import Float
 from shapely.geometry import Point
 from tqdm import tqdm
-from .bands import BANDS, to_int16
+from .bands import BANDS
 from .clouds import CLEAR
 from .fields import DAYS, GROUNDS, ground, render, stand, wetness
 from .legend import read_legend
 from .output import whole
-from .patches import PARTS
+from .patches import encode, finish, save_patch
 from .phenology import mixture, weather
 from .sky import acquisitions, classify, cloud_points, cloud_shares, observe, scene_errors, snow_cover
+from .splits import sets_of
 
 # %% ../nbs/35_simulated.ipynb #0f57bc9a
 def place(
@@ -109,24 +110,20 @@ def sheet(
     x, clear = _seen(x, table, share, snow.astype('float32'), states['water'][:, days - DAYS[0]], rng, without)
     return dict(x=x, clear=clear, days=days, labels=ids.astype('uint8'), crops=names, place=p)
 
-# %% ../nbs/35_simulated.ipynb #170ea9b2
+# %% ../nbs/35_simulated.ipynb #05841600
 EDGE = 16 # Fields along the edge of a patch
 
-def _patch(s, rows): # Some fields of a sheet as a square
-    seen = s['clear'][rows].any(0)
+def _patch(s, rows): # Some fields of a sheet as a square, and its dates
+    seen, start = s['clear'][rows].any(0), pd.Timestamp(s['place']['year'] - 1, 9, 1)
     square = lambda a: a[rows].reshape(EDGE, EDGE, *a.shape[1:])
-    arrays = dict(series=square(to_int16(s['x']))[:, :, seen].transpose(2, 3, 0, 1), labels=square(s['labels']),
-                  clear=square(s['clear'])[:, :, seen].transpose(2, 0, 1),
-                  parcels=square(s['parcels']))
-    return {p: np.ascontiguousarray(arrays[p]) for p in PARTS}, s['days'][seen]
+    return dict(series=square(encode(s['x']))[:, :, seen].transpose(2, 3, 0, 1), labels=square(s['labels']),
+                clear=square(s['clear'])[:, :, seen].transpose(2, 0, 1), parcels=square(s['parcels']),
+                dates=[f'{start + pd.Timedelta(days=int(d)):%Y-%m-%d}' for d in s['days'][seen]])
 
-def _facts(seed, name, place, days, arrays): # Row of the index
-    start = pd.Timestamp(place['year'] - 1, 9, 1)
-    dates = [f'{start + pd.Timedelta(days=int(d)):%Y-%m-%d}' for d in days]
-    counts = {f'n_{c}': int(n) for c, n in enumerate(np.bincount(arrays['labels'].ravel(), minlength=15))}
-    where = {k: place[k] for k in ('longitude', 'latitude')}
-    return dict(patch_id=name, sheet=seed, season_year=place['year'], **where, dates=dates, **counts,
-                sha=hashlib.sha256(b''.join(arrays[p].tobytes() for p in PARTS)).hexdigest())
+def _facts(seed, place, patch): # What the index says of a sheet, beside what `save_patch` says
+    counts = {f'n_{c}': int(n) for c, n in enumerate(np.bincount(patch['labels'].ravel(), minlength=15))}
+    return dict(sheet=seed, season_year=place['year'], labelled=1., n_parcels=EDGE**2, **counts,
+                **{k: place[k] for k in ('longitude', 'latitude')})
 
 def _write(seed, folder, fields, without): # One sheet as patches; their rows of the index
     done = folder/'rows'/f'{seed:06d}.json'
@@ -134,14 +131,13 @@ def _write(seed, folder, fields, without): # One sheet as patches; their rows of
     s, facts = sheet(seed, fields, without), []
     s['parcels'] = ((np.arange(fields) + seed*fields) % (2**31 - 1) + 1).astype('int32') # no two sheets share a field
     for k in range(fields//EDGE**2):
-        (arrays, days), name = _patch(s, slice(k*EDGE**2, (k + 1)*EDGE**2)), f'{seed:06d}_{k}'
-        for part in PARTS: np.save(folder/part/f'{name}.npy', arrays[part])
-        facts.append(_facts(seed, name, s['place'], days, arrays))
+        patch = _patch(s, slice(k*EDGE**2, (k + 1)*EDGE**2))
+        facts.append(save_patch(folder, 1000*seed + k, patch) | _facts(seed, s['place'], patch))
     with whole(done) as part: part.write_text(json.dumps(facts))
     return facts
 
-# %% ../nbs/35_simulated.ipynb #997a1b64
-RECIPE = 3 # Raised when the simulation changes, so that old sheets are not taken for new ones
+# %% ../nbs/35_simulated.ipynb #c41fdadb
+RECIPE = 4 # Raised when the simulation changes, so that old sheets are not taken for new ones
 
 def unfinished(
     out:Path, # Folder to be
@@ -150,21 +146,19 @@ def unfinished(
     "Where the sheets wait until all are there."
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     part = out.with_name(f'.{out.name}.{digest}.part')
-    for name in (*PARTS, 'rows'): (part/name).mkdir(parents=True, exist_ok=True)
+    (part/'rows').mkdir(parents=True, exist_ok=True)
     return part
 
 def _finish(part, rows, facts, folds): # The index and the facts of a set whose sheets are all there
     table = pd.DataFrame([r for sheet in rows for r in sheet])
     points = [Point(xy) for xy in zip(table.pop('longitude'), table.pop('latitude'))]
-    index = gpd.GeoDataFrame(table.drop(columns=['sha', 'sheet']), geometry=points, crs=4326)
-    index.insert(1, 'fold', table.sheet.to_numpy() % folds + 1); index.insert(2, 'epsg', 4326)
-    index.to_parquet(part/'index.parquet')
-    facts = facts | dict(legend=read_legend().to_dict(), bands=list(BANDS), season_year=int(table.season_year.max()),
-                         patch_size=EDGE, folds=folds, block_m=None, source='simulated fields, no imagery',
-                         fingerprint=hashlib.sha256(''.join(table.sha).encode()).hexdigest()[:16])
-    (part/'dataset.json').write_text(json.dumps(facts, indent=1))
+    fold = table.pop('sheet').to_numpy() % folds + 1
+    index = gpd.GeoDataFrame(table.assign(fold=fold, set=pd.Series(fold).map(sets_of(folds)), epsg=4326), geometry=points, crs=4326)
+    finish(part, index, read_legend(), None, facts | dict(
+        bands=list(BANDS), season_year=int(table.season_year.max()), patch_size=EDGE, stride=EDGE, folds=folds,
+        block_m=None, source='simulated fields, no imagery'))
 
-# %% ../nbs/35_simulated.ipynb #2bd7b084
+# %% ../nbs/35_simulated.ipynb #9129668f
 def write_simulated(
     out:str|Path, # New folder
     seasons:int=300, # Sheets
@@ -184,6 +178,6 @@ def write_simulated(
     task, seeds = partial(_write, folder=part, fields=fields, without=tuple(without)), range(seed, seed + seasons)
     with ProcessPoolExecutor(workers) as pool:
         rows = list(tqdm(pool.map(task, seeds), total=seasons, desc='sheets', disable=None))
-    _finish(part, rows, dict(name=out.name, seed=seed, simulated=recipe), folds)
+    _finish(part, rows, dict(name=out.name, seed=seed, simulated=recipe), min(folds, seasons))
     part.rename(out)
     return out

@@ -3,7 +3,7 @@ Each pair is timed alternately, best of five; only the ratio means something on 
 import json, os, resource, subprocess, sys, tempfile, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import numpy as np, odc.stac, pystac, rasterio, torch, xarray as xr
+import numpy as np, odc.stac, pystac, rasterio, torch, pandas as pd, xarray as xr, zarr
 from odc.geo.converters import rio_geobox
 from rasterio.enums import Resampling
 from rasterio.warp import reproject
@@ -11,6 +11,7 @@ from scipy.linalg import solveh_banded
 from crop2seg.bands import BANDS, reflectance
 from crop2seg.clouds import add_clear
 from crop2seg.cube import load_cube, native_grid, open_cube, save_cube, scenes_of
+from crop2seg.batches import make_loader
 from crop2seg.dataset import CropDataset
 from crop2seg.fetch import fetch, fetched_cube
 from crop2seg.harmonise import ledger
@@ -18,7 +19,7 @@ from crop2seg.legend import read_legend
 from crop2seg.mapping import predict_map
 from crop2seg.models.zoo import build
 from crop2seg.parcels import burn, read_parcels
-from crop2seg.patches import read_patch, write_dataset
+from crop2seg.patches import cut, decode, encode, file_of, finish, lay_out, read_patch, row_of, save_patch, write_dataset
 from crop2seg.regular import day_clock, regular
 from crop2seg.season import Season
 from crop2seg.simulate import simulate
@@ -136,6 +137,76 @@ def cubes(here):
         (folder/'items.json').write_text(json.dumps([i.to_dict(include_self_link=False) for i in few]))
         subprocess.run([sys.executable, __file__, 'cost', str(folder), str(edge)], check=True)
 
+class Whole(CropDataset):
+    "As the original reads: the file whole, all of it to floating point, then what is wanted of it."
+    @staticmethod
+    def window(folder, patch_id, dates, rows=slice(None), columns=slice(None)):
+        arrays = {k: np.load(file_of(folder, k, patch_id)) for k in ('series', 'clear', 'labels', 'parcels')}
+        return dict(x=decode(arrays['series'])[dates][..., rows, columns], clear=arrays['clear'][dates, rows, columns],
+                    labels=arrays['labels'][0], parcels=arrays['parcels'])
+
+class Chunked(CropDataset):
+    "The same arrays with series and clear in Zarr; `name` says with which chunks."
+    name = ''
+    def window(self, folder, patch_id, dates, rows=slice(None), columns=slice(None)):
+        arrays, group = read_patch(folder, patch_id), zarr.open_group(f'{folder}/{self.name}/{patch_id}.zarr', mode='r')
+        return dict(x=decode(group['series'].oindex[dates, :, rows, columns]), clear=group['clear'].oindex[dates, rows, columns],
+                    labels=np.asarray(arrays['labels']), parcels=np.asarray(arrays['parcels']))
+
+CHUNKS = {'1 date, 128 px': (1, 10, 128, 128), '1 date, 64 px': (1, 10, 64, 64), '8 dates, 64 px': (8, 10, 64, 64)}
+
+def country(here, patches=24, dates=61):
+    "Patches of 128 px and 61 dates, all different: one simulated patch, rolled, and each date brightened a little."
+    items = search(open_source(simulate(here/'country', size=128, dates=dates, parcels=60)))
+    grid = native_grid(items)
+    cube, legend = add_clear(load_cube(items, ledger(items, Season(2019)), grid)).compute(), read_legend()
+    labels, ids = burn(read_parcels(here/'country'/'parcels.gpkg', legend), grid, legend.void)
+    patch, rng, folder, rows, book = cut(cube, labels, ids, (0, 0), 128, legend.void), np.random.default_rng(0), here/'many', [], []
+    series = decode(patch['series'])
+    patch |= dict(dates=np.datetime_as_string(np.datetime64('2018-09-01') + 7*np.arange(dates)).tolist())
+    again = np.arange(dates) % len(series)                          # a date without a clear pixel was left out
+    for k in range(patches):
+        spot = rng.integers(128, size=2)
+        roll = lambda a: np.roll(a, spot, (-2, -1))
+        one = patch | dict(series=encode(roll(series[again])*(1 + .05*rng.standard_normal((dates, 1, 1, 1), dtype='float32'))),
+                           **{n: roll(patch[n][again]) for n in ('clear', 'scl') if n in patch}, **{n: roll(patch[n]) for n in ('labels', 'parcels')})
+        where = grid.affine * grid.affine.translation(128*k, 0)
+        rows.append(row_of(one['labels'], one['parcels'], where, grid.crs.to_epsg(), legend, 1280.))
+        book.append(save_patch(folder, rows[-1]['patch_id'], one))
+        for name, chunks in CHUNKS.items():
+            group = zarr.create_group(f"{folder}/{name}/{rows[-1]['patch_id']}.zarr")
+            for n in ('series', 'clear'):
+                group.create_array(n, data=one[n], chunks=(*chunks[:1], *chunks[-one[n].ndim + 1:]))
+    index = lay_out(rows).merge(pd.DataFrame(book)).assign(season_year=2019, fold=1, set='train')
+    finish(folder, index, legend, None, dict(name='many', bands=cube.band.values.tolist(), season_year=2019, patch_size=128, folds=1))
+    return folder
+
+def forget(folder):
+    "Let the system drop its copy of the files, as after a long night."
+    for path in (p for p in Path(folder).rglob('*') if p.is_file()):
+        with open(path, 'rb') as f: os.fsync(f.fileno()); os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+def readers(here, rounds=3, workers=2):
+    "Samples a second of the loader, 16 of 61 dates and a crop of 64 px, from four ways to keep a series."
+    folder = country(here)
+    ways = {'npy, memory map': CropDataset, 'npy, whole file (the original)': Whole}
+    ways |= {f'Zarr, {n}': type('Zarr', (Chunked,), dict(name=n)) for n in CHUNKS}
+    size = lambda p: sum(f.stat().st_size for f in p.rglob('*') if f.is_file())/1e6
+    npy = size(folder/'DATA_S2') + size(folder/'CLEAR')
+    sets = {n: c(folder, dates=16, crop=64) for n, c in ways.items()}
+    best = {n: dict(warm=0., cold=0.) for n in sets}
+    for k in range(rounds):
+        for n, data in sets.items():
+            for state in ('cold', 'warm'):
+                if state == 'cold': forget(folder)
+                data.epoch, t = 2*k + (state == 'warm'), time.perf_counter()
+                count = sum(len(b[0]) for b in make_loader(data, 4, workers, shuffle=True))
+                best[n][state] = max(best[n][state], count/(time.perf_counter() - t))
+    for n, b in best.items():
+        disk = size(folder/n.removeprefix('Zarr, ')) if n in ways and n.startswith('Zarr') else npy
+        print(f'loader, {workers} workers, 16 of 61 dates x 64 px: {n:<32}{b["warm"]:6.0f} samples/s warm, {b["cold"]:6.0f} from disk; '
+              f'{disk/len(data):6.1f} MB a patch', flush=True)
+
 def main():
     warnings.simplefilter('ignore'); torch.set_num_threads(1)
     even()
@@ -145,6 +216,7 @@ def main():
         items = search(open_source(simulate(here/'season', size=128, dates=20, parcels=60)))
         grid, rows = native_grid(items), ledger(items, Season(2019))
         cubes(here)
+        readers(here)
         cube = open_cube(save_cube(add_clear(load_cube(items, rows, grid)), here/'cube.zarr'))
         labels, ids = burn(read_parcels(here/'season'/'parcels.gpkg', legend), grid, legend.void)
         folder = write_dataset(cube, labels, ids, here/'patches', legend, 2019, size=64, block=640, folds=2)
@@ -160,4 +232,9 @@ def main():
         sweep = lambda **kw: lambda: [None for _ in predict_map(small, net, run, **kw)]
         race('map of 96 px: windows of 64 px overlapping by 32 / one window', sweep(window=64, overlap=32), sweep(window=96), rounds=2)
 
-if __name__ == '__main__': cost(sys.argv[2], int(sys.argv[3])) if sys.argv[1:2] == ['cost'] else main()
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['cost']: cost(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1:2] == ['readers']:
+        torch.set_num_threads(1)
+        with tempfile.TemporaryDirectory() as tmp: readers(Path(tmp))
+    else: main()
