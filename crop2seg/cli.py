@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'main', 'entry']
 
-# %% ../nbs/71_cli.ipynb #9cd91d5f
+# %% ../nbs/71_cli.ipynb #52d6d5bd
 import argparse
 import json
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from rasterio.errors import NotGeoreferencedWarning
 from . import __version__
-from .options import OPTIONS, place_of, reading_of, season_of_args
+from .options import OPTIONS, place_of, reading_of, season_of_args, truth_of_args
 
 # %% ../nbs/71_cli.ipynb #3017548b
 def _simulate(args): # A season -> static catalog and truth
@@ -71,14 +71,31 @@ def _regular(args): # Source -> cube on an even clock
     make_regular(args.source, args.out, place_of(args), season_of_args(args), clock,
                  dict(how=args.composite, gaps=args.gaps, smooth=args.smooth), args.overwrite, **reading_of(args))
 
-# %% ../nbs/71_cli.ipynb #649dc0ea
+# %% ../nbs/71_cli.ipynb #27a2c579
+def _profiles(args): # Source and labels -> csv and pictures
+    "Profiles of every class and parcel, season dates and separability, as csv and pictures."
+    from crop2seg.views import make_profiles
+    seen = [(k, v) for k in ('until', 'from', 'month') if (v := getattr(args, f'view_{k}'))]
+    if len(seen) > 1: raise ValueError(f'--{seen[0][0]} and --{seen[1][0]} exclude each other; drop one')
+    more = {'classes': tuple(args.classes)} if args.classes else {}
+    make_profiles(args.source, args.out, args.parcels, args.labels, place_of(args), season_of_args(args), tuple(args.index), args.regions,
+                  args.region_column, reading=reading_of(args), truth=truth_of_args(args), margin=args.margin, view=(seen or [None])[0], **more)
+
+# %% ../nbs/71_cli.ipynb #f847acca
 def _dataset(args): # Cube and labels -> patches
-    "Cut labelled patches out of a cube, or simulate fields."
+    "Build a data set of labelled patches from scenes or a cube, simulate one, or check one."
     from crop2seg.pipeline import make_dataset
+    if args.words: return _check(args)
+    if not args.out: raise ValueError('a data set needs a place to lie; give --out FOLDER, or check FOLDER')
     if args.simulated: return _sheets(args)
-    make_dataset(args.source, args.out, args.parcels, args.labels, args.column, args.complete,
-                 place_of(args), season_of_args(args), reading=reading_of(args),
-                 size=args.size, block=args.block, folds=args.folds, labelled=args.min_labelled, seed=args.seed)
+    make_dataset(args.source, args.out, args.parcels, args.labels, place_of(args), season_of_args(args), reading=reading_of(args),
+                 truth=truth_of_args(args), size=args.size, stride=args.stride, block=args.block, folds=args.folds, seed=args.seed, limit=args.limit,
+                 labelled=args.min_labelled, nodata=args.max_nodata, least=args.min_clear, looks=args.min_dates)
+
+def _check(args): # A data set -> what is right with it
+    from crop2seg.card import check_dataset
+    if len(args.words) != 2 or args.words[0] != 'check': raise ValueError(f'{" ".join(args.words)} is not understood; write: crop2seg dataset check FOLDER')
+    print('all is well: ' + ', '.join(f'{v} {k}' for k, v in check_dataset(args.words[1]).items()))
 
 def _sheets(args): # Nothing -> patches of simulated fields
     from crop2seg.output import ready
@@ -110,10 +127,10 @@ def _train(args): # Patches -> run folder(s)
               overwrite=args.overwrite, **fields)
     print(f'run folder: {out}')
 
-# %% ../nbs/71_cli.ipynb #c7172bd8
+# %% ../nbs/71_cli.ipynb #f23bd3a0
 def _fields(args): # Fields of the recipe: those that were given, on top of the usual ones
     from crop2seg.training import tuned
-    given = {k: v for k in ('epochs', 'batch_size', 'lr', 'seed', 'temporal_dropout', 'physics', 'tune', 'keep')
+    given = {k: v for k in ('epochs', 'batch_size', 'lr', 'seed', 'temporal_dropout', 'physics', 'rare', 'tune', 'keep')
              if (v := getattr(args, k)) is not None}
     given |= (more := _json('--recipe', args.recipe, '{"smoothing": 0.05}'))
     if odd := set(more) - (known := {'wd', 'clip', 'augment', 'loss', 'class_weights', 'smoothing', 'select'}):
@@ -163,7 +180,7 @@ def _app(args): # Bundle -> dashboard
     subprocess.run([sys.executable, '-m', 'panel', 'serve', str(page), '--port', str(args.port), *show],
                    env=os.environ | bundle, check=True)
 
-# %% ../nbs/71_cli.ipynb #9c86688b
+# %% ../nbs/71_cli.ipynb #4a8a997b
 class _Help(argparse.ArgumentDefaultsHelpFormatter): # Names a default where there is one
     def _get_help_string(self, action): return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
@@ -172,7 +189,7 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
     top = argparse.ArgumentParser('crop2seg', description='Crop maps from Sentinel-2 time series.')
     top.add_argument('--version', action='version', version=f'crop2seg {__version__}')
     verbs = top.add_subparsers(dest='verb', required=True, metavar='VERB')
-    does = dict(simulate=_simulate, scenes=_scenes, cube=_cube, regular=_regular, dataset=_dataset, train=_train, evaluate=_evaluate, map=_map, app=_app)
+    does = dict(simulate=_simulate, scenes=_scenes, cube=_cube, regular=_regular, profiles=_profiles, dataset=_dataset, train=_train, evaluate=_evaluate, map=_map, app=_app)
     for name, run in does.items():
         verb = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, formatter_class=_Help)
         verb.set_defaults(do=run)

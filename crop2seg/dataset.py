@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from .augment import add_clouds, disturb, drop_dates, truncate, vary
 from .bands import BANDS, SCALE
 from .borders import borders
-from .indices import normalised_difference
+from .indices import bands_of, spectral_index
 from .moments import pooled
 from .patches import decode, read_index, read_patch
 from .season import to_days
@@ -137,7 +137,7 @@ def _cut(self:CropDataset, i, stay, rng): # Arrays of a window, with the border 
     return sample | dict(labels=labels[rows, columns])
 
 def _ndvi(x): # One more channel, from bands by name
-    ndvi = normalised_difference(*(x[:, [BANDS.index(b)]] for b in ('B08', 'B04')))
+    ndvi = spectral_index('NDVI', *(x[:, [BANDS.index(b)]] for b in bands_of('NDVI')))
     return np.nan_to_num(ndvi.clip(-1, 1)).astype('float32')
 
 # %% ../nbs/32_dataset.ipynb #13c9b008

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_dataset', 'paint', 'describe', 'map_crops']
 
-# %% ../nbs/70_pipeline.ipynb #7e3e70cd
+# %% ../nbs/70_pipeline.ipynb #1a4abced
 import json, os, shutil
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -18,12 +18,15 @@ from rasterio.features import geometry_mask
 from rasterio.warp import transform_geom
 from . import __version__
 from .areas import UNSEEN, area_table, count_classes, largest
+from .atlas import credit
+from .build import build
+from .card import write_card
 from .export import append, finish, preview, strips, to_classes
 from .legend import Legend, data_dir, read_legend
 from .mapping import check_fit, predict_map, starts
 from .observe import books_of, take
 from .output import alone, ready, remove, whole
-from .parcels import burn, read_labels, read_outlines, read_parcels
+from .outlines import read_outlines
 from .patches import write_dataset
 from .places import held_bands
 from .postprocess import count_votes
@@ -32,31 +35,39 @@ from .runs import find_run
 from .season import Place, Season
 from .stac import open_source, search
 from .training import load_run
+from .windows import Recipe as PatchRecipe, truth_of
 
-# %% ../nbs/70_pipeline.ipynb #8f305736
+# %% ../nbs/70_pipeline.ipynb #6891f452
 def make_dataset(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # New folder of patches
     parcels:str|Path=None, # Vector file of declared parcels ...
     labels:str|Path=None, # ... or raster of class ids
-    column:str='class_id', # Column of the parcels that holds the class
-    complete:bool=False, # The parcels are a complete register: land outside them is Background
     place:Place=None, # Where
     season:Season=None, # When
     log:Callable=print, # Takes one line of text
-    reading:dict={}, # limits, policy, scheduler, patience, workers of `make_cube`
-    **kwargs, # size, block, folds, labelled, seed of `write_dataset`
+    reading:dict={}, # limits, policy, scheduler, patience, workers of `build`
+    truth:dict={}, # complete, codes, column, buffer, layer of `declared`
+    **recipe, # Fields of `Recipe`: size, stride, labelled, nodata, least, looks, limit, block, folds, seed, window
 ) -> Path: # The folder
-    "Cut a source and its labels into a patch data set."
+    "Cut a source and its labels into a patch data set; ValueError with the remedy."
     out, legend = ready(out), read_legend()
+    told = truth_of(legend, parcels, labels, **truth)
+    if Path(source).suffix != '.zarr':
+        return build(source, out, told, legend, PatchRecipe(**recipe), place, season, log=log, **reading)
     if out.exists(): raise ValueError(f'{out} exists; name a new folder for the data set')
-    if bool(parcels) == bool(labels):
-        raise ValueError('labels come either from parcels or from a raster; give exactly one of the two')
-    table = parcels and read_parcels(parcels, legend, column)
-    cube = take(source, out.with_name(f'{out.name}.cube.zarr'), place, season, log=log, **reading)
-    grid = GeoBox((cube.sizes['y'], cube.sizes['x']), cube.rio.transform(), cube.rio.crs.to_wkt())
-    image, ids = burn(table, grid, 0 if complete else legend.void) if parcels else read_labels(labels, grid, legend)
-    return write_dataset(cube, image, ids, out, legend, int(cube.attrs['season_year']), **kwargs)
+    return _cut(take(source, out, place, season, log=log), told, legend, out, PatchRecipe(**recipe))
+
+def _cut(cube, truth, legend, out, recipe): # A saved cube, whole
+    usual = PatchRecipe()
+    if odd := [k for k in ('stride', 'limit', 'window') if getattr(recipe, k) != getattr(usual, k)]:
+        raise ValueError(f'a saved cube is cut whole, without {", ".join(odd)}; name the scenes it was made from as the source')
+    image, ids = truth.window(GeoBox((cube.sizes['y'], cube.sizes['x']), cube.rio.transform(), cube.rio.crs.to_wkt()))
+    if (image == legend.void).all(): raise ValueError('no parcel covers a pixel of the cube; do the labels and the cube show the same place?')
+    write_dataset(cube, image, ids, out, legend, int(cube.attrs['season_year']), recipe.size, recipe.block, recipe.folds,
+                  recipe.labelled, recipe.seed, recipe.least)
+    write_card(out)
+    return out
 
 # %% ../nbs/70_pipeline.ipynb #8652fc2f
 def _ask(source, run, place, season, log, reading): # Bands of a model, without those that it can miss and the source does not hold
@@ -103,7 +114,7 @@ def _inside(place, grid): # Pixels whose centre lies in the place
     local = transform_geom('EPSG:4326', grid.crs.to_wkt(), place.geometry.__geo_interface__)
     return geometry_mask([local], grid.shape, grid.affine, invert=True)
 
-# %% ../nbs/70_pipeline.ipynb #bba15170
+# %% ../nbs/70_pipeline.ipynb #e78d6517
 def _state(out, request, overwrite): # 'free' or 'same'; ValueError for what must not be replaced
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return 'free'
     if Path(request['source']).absolute().is_relative_to(out): raise ValueError(f'the source lies in {out}, which would be replaced; name another folder')
@@ -117,11 +128,6 @@ def _kept(out, request, overwrite): # Where the cube of an interrupted request w
     for old in (*out.parent.glob(f'.{out.name}.*.cube.zarr'), *out.parent.glob(f'.{out.name}.*.pieces')):
         if not old.name.startswith(f'{kept.stem}.') or overwrite: remove(old)
     return kept
-
-def _credit(cube): # Whose data
-    years = sorted({str(y) for y in cube.time.dt.year.values})
-    if cube.attrs.get('simulated'): return 'simulated season, no imagery'
-    return f'contains modified Copernicus Sentinel data {"-".join(dict.fromkeys([years[0], years[-1]]))}'
 
 def _describe(bundle, cube, run, counts, facts): # areas.csv, preview.png and run.json
     legend = Legend.from_dict(run['legend'])
@@ -137,7 +143,7 @@ def _keep_inputs(source, kept, bundle): # The ledgers and, if it was made for th
     os.replace(kept, bundle/'cube.zarr')
     for book in books_of(kept): remove(book)
 
-# %% ../nbs/70_pipeline.ipynb #fe3a7859
+# %% ../nbs/70_pipeline.ipynb #d2849529
 def describe(
     cube:xr.Dataset, # That was mapped
     run:dict, # run.json of the model
@@ -147,7 +153,7 @@ def describe(
 ) -> dict: # Content of the bundle's run.json
     "How a map was made."
     source = request['source']
-    return dict(crop2seg_version=__version__, made=f'{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}', request=request, source=_credit(cube), model=model,
+    return dict(crop2seg_version=__version__, made=f'{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}', request=request, source=credit(cube), model=model,
                 season_year=int(cube.attrs['season_year']), dates=cube.time.dt.strftime('%Y-%m-%d').values.tolist(), bands=cube.band.values.tolist(),
                 legend=run['legend'], crs=cube.rio.crs.to_string(), transform=list(cube.rio.transform())[:6], mapped_pixels=total,
                 cube=str(Path(source).absolute()) if Path(source).suffix == '.zarr' else 'cube.zarr', note='Areas are counts of pixels, without an interval.')
