@@ -36,7 +36,7 @@ def _simulate(args): # A season -> static catalog and truth
                    progress=told if sys.stderr.isatty() else None, **where)
     print(f'simulated season: {out}')
 
-# %% ../nbs/71_cli.ipynb #a3030e6e
+# %% ../nbs/71_cli.ipynb #c17eba00
 def _scenes(args): # Source -> table of scenes
     "List the scenes of a place and season, and what is known of them."
     from crop2seg.observe import found
@@ -64,6 +64,7 @@ def _cube(args): # Place and season -> Zarr cube and its ledgers
     if not args.out: raise ValueError('a cube needs a place to lie; give --out NAME.zarr, or --dry-run')
     make_cube(args.source, args.out, *where, margin=args.cloud_margin, least=args.min_clear, overwrite=args.overwrite, **what, **how)
 
+# %% ../nbs/71_cli.ipynb #4bdf17d3
 def _regular(args): # Source -> cube on an even clock
     "Put a cube on an even clock: composites, filled gaps, smoothed series."
     from crop2seg.even import make_regular
@@ -81,7 +82,7 @@ def _profiles(args): # Source and labels -> csv and pictures
     make_profiles(args.source, args.out, args.parcels, args.labels, place_of(args), season_of_args(args), tuple(args.index), args.regions,
                   args.region_column, reading=reading_of(args), truth=truth_of_args(args), margin=args.margin, view=(seen or [None])[0], **more)
 
-# %% ../nbs/71_cli.ipynb #f847acca
+# %% ../nbs/71_cli.ipynb #a5d1d5de
 def _dataset(args): # Cube and labels -> patches
     "Build a data set of labelled patches from scenes or a cube, simulate one, or check one."
     from crop2seg.pipeline import make_dataset
@@ -105,6 +106,7 @@ def _sheets(args): # Nothing -> patches of simulated fields
     if given: raise ValueError(f'--simulated makes up its own fields; drop {given[0]}')
     print(f'sheets in {write_simulated(ready(args.out), args.simulated, args.fields, args.seed, args.folds, workers=min(args.workers, os.cpu_count()))}')
 
+# %% ../nbs/71_cli.ipynb #6bd97ee3
 def _map(args): # Source and model -> bundle
     "Map the crops of a place and season."
     from crop2seg.pipeline import map_crops

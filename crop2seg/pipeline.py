@@ -37,7 +37,7 @@ from .stac import open_source, search
 from .training import load_run
 from .windows import Recipe as PatchRecipe, truth_of
 
-# %% ../nbs/70_pipeline.ipynb #6891f452
+# %% ../nbs/70_pipeline.ipynb #f098a7ca
 def make_dataset(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # New folder of patches
@@ -58,12 +58,15 @@ def make_dataset(
     if out.exists(): raise ValueError(f'{out} exists; name a new folder for the data set')
     return _cut(take(source, out, place, season, log=log), told, legend, out, PatchRecipe(**recipe))
 
+# %% ../nbs/70_pipeline.ipynb #7c41dd1d
 def _cut(cube, truth, legend, out, recipe): # A saved cube, whole
     usual = PatchRecipe()
     if odd := [k for k in ('stride', 'limit', 'window') if getattr(recipe, k) != getattr(usual, k)]:
         raise ValueError(f'a saved cube is cut whole, without {", ".join(odd)}; name the scenes it was made from as the source')
     image, ids = truth.window(GeoBox((cube.sizes['y'], cube.sizes['x']), cube.rio.transform(), cube.rio.crs.to_wkt()))
-    if (image == legend.void).all(): raise ValueError('no parcel covers a pixel of the cube; do the labels and the cube show the same place?')
+    if (image == legend.void).all():
+        raise ValueError(f'no label covers a pixel of the cube, which is in {cube.rio.crs}{f", the labels in {code}" if (code := truth.about.get("crs")) else ""}; '
+                         'do they show the same place?')
     write_dataset(cube, image, ids, out, legend, int(cube.attrs['season_year']), recipe.size, recipe.block, recipe.folds,
                   recipe.labelled, recipe.seed, recipe.least)
     write_card(out)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Truth', 'declared', 'painted', 'truth_of', 'Recipe', 'Window', 'covered', 'zone_of', 'windows', 'candidates', 'pick']
 
-# %% ../nbs/33_windows.ipynb #ce0d3bf4
+# %% ../nbs/33_windows.ipynb #9e4df913
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pystac
 import rasterio
+from rasterio.errors import RasterioError
 import shapely
 from affine import Affine
 from odc.geo.geobox import GeoBox
@@ -50,18 +51,21 @@ def declared(
 def _hash(path): # Fingerprint of a file of any size
     with open(path, 'rb') as f: return digest(*iter(lambda: f.read(1 << 24), b''))
 
-# %% ../nbs/33_windows.ipynb #60d5c153
+# %% ../nbs/33_windows.ipynb #b2a4ea76
 def painted(
     path:str|Path, # Raster of class ids on 10 m pixels of a UTM zone
     legend:Legend, # Its ids are the valid classes
 ) -> Truth: # Labels from a raster
     "A raster of classes as truth; FileNotFoundError or ValueError if it cannot serve."
     if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist; give a raster of class ids')
-    with rasterio.open(path) as f: at, code = f.transform, f.crs.to_epsg() if f.crs else None
+    try:
+        with rasterio.open(path) as f: at, code, _ = f.transform, f.crs.to_epsg() if f.crs else None, f.read(1, window=((0, 1), (0, 1)))
+    except RasterioError as e: raise ValueError(f'{path} cannot be read as a raster ({e.__cause__ or e})') from e
     if (at.a, at.b, at.d, at.e) != (10, 0, 0, -10) or at.c % 10 or at.f % 10 or code is None:
         raise ValueError(f'{path} does not lie on the 10 m pixels of Sentinel-2; align it with nearest neighbour first')
-    return Truth(partial(_paint, path=path, legend=legend, code=code), dict(labels=str(path), sha=_hash(path)))
+    return Truth(partial(_paint, path=path, legend=legend, code=code), dict(labels=str(path), sha=_hash(path), crs=f'EPSG:{code}'))
 
+# %% ../nbs/33_windows.ipynb #ff5e91bc
 def _paint(grid, path, legend, code): # Labels of a window from a raster, void where it ends
     labels, ids = np.full(grid.shape, legend.void, 'uint8'), np.zeros(grid.shape, 'int32')
     if grid.crs.epsg != code: return labels, ids
