@@ -46,7 +46,7 @@ def declared(
     parcels, outside = open_parcels(path, legend=legend, **how), 0 if complete else legend.void
     told = {k: str(v) for k, v in how.items() if v is not None}
     window = lambda grid: burn(parcels.window(grid), grid, outside, empty=True, void=legend.void)
-    return Truth(window, dict(parcels=str(path), complete=complete, sha=_hash(path), about=repr(parcels)) | told)
+    return Truth(window, dict(parcels=Path(path).name, complete=complete, sha=_hash(path), about=repr(parcels)) | told)
 
 def _hash(path): # Fingerprint of a file of any size
     with open(path, 'rb') as f: return digest(*iter(lambda: f.read(1 << 24), b''))
@@ -63,7 +63,7 @@ def painted(
     except RasterioError as e: raise ValueError(f'{path} cannot be read as a raster ({e.__cause__ or e})') from e
     if (at.a, at.b, at.d, at.e) != (10, 0, 0, -10) or at.c % 10 or at.f % 10 or code is None:
         raise ValueError(f'{path} does not lie on the 10 m pixels of Sentinel-2; align it with nearest neighbour first')
-    return Truth(partial(_paint, path=path, legend=legend, code=code), dict(labels=str(path), sha=_hash(path), crs=f'EPSG:{code}'))
+    return Truth(partial(_paint, path=path, legend=legend, code=code), dict(labels=Path(path).name, sha=_hash(path), crs=f'EPSG:{code}'))
 
 # %% ../nbs/33_windows.ipynb #ff5e91bc
 def _paint(grid, path, legend, code): # Labels of a window from a raster, void where it ends
