@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
 from jaxtyping import Float
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from .bands import BANDS
 from .dataset import CropDataset, collate
 from .legend import Legend
@@ -70,6 +70,10 @@ class RareSampler(Sampler):
 class Loader(DataLoader):
     "torch's DataLoader that knows a device and shows itself, as fastai wants it."
     n_inp = 4 # x, days, pad, clear
+    def __init__(self,
+        dataset:Dataset, # Of samples
+        **kwargs, # Of torch's DataLoader
+    ): super().__init__(dataset, **kwargs)
     def to(self, device): self.device = device; return self
     def one_batch(self): return next(iter(self))
     def new(self, shuffle=False, **kwargs):
