@@ -96,6 +96,8 @@ def check_address(
     if '@' in parts.netloc: raise ValueError(f'{name} carries a name or a password; keep them in ~/.netrc')
     if not re.fullmatch(r'[a-z0-9._-]+|[0-9a-f:.]+', host): raise ValueError(f'{name} has no plain host name; check it')
     known = f's3://{host}' if parts.scheme == 's3' else host
+    if not policy.private and re.fullmatch(r'[x\d.]*\d|[\da-f:.]*:[\da-f:.]*', host) and not all(map(_public, _numbers(host))):
+        raise ValueError(f'{host} is an address of this computer or its own network; it is opened with --allow-private only')
     if not any(fnmatchcase(known, h) for h in policy.hosts):
         raise ValueError(f'{known} is not among the known archives; if it is trusted, add --allow-host '
                          f'{known} or set CROP2SEG_ALLOW_HOSTS={known}')
