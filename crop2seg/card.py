@@ -19,17 +19,22 @@ from .patches import FILES, file_of, read_index, read_patch
 from .splits import balance, leavers
 
 # %% ../nbs/33_card.ipynb #a23f673d
+def _labels_of(f): # Where the labels come from, in words
+    if not (truth := f.get('truth')): return 'known, for they were simulated' if f.get('simulated') else 'from labels that came with a cube'
+    return truth.get('about') or f'raster {truth.get("labels")} in {truth.get("crs")}'
+
 def _answers(f, index, days): # What a reader asks, and the answer
     looks, n, off = index.dates.map(len), f['patch_size'], f.get('offsets')
     made = 'a simulated season: these fields never existed' if f.get('simulated') else 'contains modified Copernicus Sentinel data'
+    blocks = f'blocks of {f["block_m"]:g} m on one grid' if f['block_m'] else 'whole sheets'
     seen = off and f' {off["seen_in_pixels"]} of {off["scenes"]} scenes showed theirs in their pixels, the others state it in their metadata.'
     return {
         'What it is.': f'{len(index)} patches of {n} x {n} pixels of 10 m, season {f["season_year"]} ({days[0]} to {days[-1]}), {looks.min()} to '
                        f'{looks.max()} dates each (median {looks.median():g}), bands {" ".join(f["bands"])}.',
         'Imagery.': f'Sentinel-2 L2A from {f["source"] or "a cube"}; {made}.',
-        'Labels.': f'{json.dumps(f.get("truth") or "from the cube at hand")}; class {f["legend"]["void"]} is unknown ground and never counts.',
+        'Labels.': f'{_labels_of(f)}; class {f["legend"]["void"]} is unknown ground and never counts.',
         'Values.': f'int16, reflectance times 10000, 0 missing; the offset of the processing baseline is removed.{seen or ""}',
-        'Splits.': f'{f["folds"]} folds of blocks of {f["block_m"]} m on one grid; patches: {index.groupby("set").size().to_dict()}. '
+        'Splits.': f'{f["folds"]} folds of {blocks}; patches: {index.groupby("set").size().to_dict()}. '
                    'No ground lies in two folds. Parcels that cross the border of a block do.',
         'Filters.': json.dumps(f.get('counts') or 'labels only'),
         'Good for.': 'Segmenting crops from a season of images; training, choosing and testing on separate ground.',

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from shapely.geometry import Point
 from tqdm import tqdm
 from .bands import BANDS
+from .card import write_card
 from .clouds import CLEAR
 from .fields import DAYS, GROUNDS, ground, render, stand, wetness
 from .legend import read_legend
@@ -179,5 +180,6 @@ def write_simulated(
     with ProcessPoolExecutor(workers) as pool:
         rows = list(tqdm(pool.map(task, seeds), total=seasons, desc='sheets', disable=None))
     _finish(part, rows, dict(name=out.name, seed=seed, simulated=recipe), min(folds, seasons))
+    write_card(part)
     part.rename(out)
     return out
