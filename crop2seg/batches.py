@@ -73,7 +73,13 @@ class Loader(DataLoader):
     def __init__(self,
         dataset:Dataset, # Of samples
         **kwargs, # Of torch's DataLoader
-    ): super().__init__(dataset, **kwargs)
+    ):
+        super().__init__(dataset, **kwargs)
+        self.shown = None
+    def __iter__(self): # Each pass draws anew, unless somebody else counts the epochs
+        if self.shown is not None and self.shown == getattr(self.dataset, 'epoch', None): self.dataset.epoch += 1
+        self.shown = getattr(self.dataset, 'epoch', None)
+        return super().__iter__()
     def to(self, device): self.device = device; return self
     def one_batch(self): return next(iter(self))
     def new(self, shuffle=False, **kwargs):

@@ -8,13 +8,16 @@ __all__ = ['CONTEXT', 'KINDS', 'datasheet', 'croissant', 'sha256_of', 'write_car
 # %% ../nbs/33_card.ipynb #fa735f9c
 import hashlib
 import json
+import re
 from pathlib import Path
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyarrow
+from shapely.geometry import box
 from tqdm import tqdm
 from .legend import Legend
-from .moments import moments, pooled
+from .moments import histogram, moments, percentiles, pooled
 from .patches import FILES, file_of, read_index, read_patch
 from .splits import balance, leavers
 
@@ -35,7 +38,8 @@ def _answers(f, index, days): # What a reader asks, and the answer
         'Labels.': f'{_labels_of(f)}; class {f["legend"]["void"]} is unknown ground and never counts.',
         'Values.': f'int16, reflectance times 10000, 0 missing; the offset of the processing baseline is removed.{seen or ""}',
         'Splits.': f'{f["folds"]} folds of {blocks}; patches: {index.groupby("set").size().to_dict()}. '
-                   'No ground lies in two folds. Parcels that cross the border of a block do.',
+                   'No ground lies in two folds. Parcels that cross the border of a block do. Folds are dealt for this data set alone: '
+                   'in another build the same ground may stand in another set, so do not mix two.',
         'Filters.': json.dumps(f.get('counts') or 'labels only'),
         'Good for.': 'Segmenting crops from a season of images; training, choosing and testing on separate ground.',
         'Not good for.': 'Areas of crops, since patches are chosen and not sampled; other years or regions without a test there; single farms.',
@@ -122,7 +126,19 @@ def _tables(folder): # index, facts; ValueError for what is missing or does not 
     about = [f['properties'] for f in json.loads((folder/'metadata.geojson').read_text())['features']]
     if sorted((a['ID_PATCH'], a['Fold']) for a in about) != sorted(zip(index.patch_id, index.fold)):
         raise ValueError('metadata.geojson and index.parquet do not tell the same patches and folds; write them anew')
+    days = lambda told: [str(d) for d in (json.loads(told) if isinstance(told, str) else told).values()]
+    dates = {a['ID_PATCH']: days(a['dates-S2']) for a in about}
+    for row in index.itertuples():
+        if dates[row.patch_id] != [d.replace('-', '') for d in row.dates]: raise ValueError(f'the dates of patch {row.patch_id} differ between metadata.geojson and index.parquet; write them anew')
     return index, facts
+
+# %% ../nbs/33_card.ipynb #c6f6667d
+def _placed(index, facts): # ValueError if an outline is not where the transform says
+    n = facts['patch_size']
+    for epsg, rows in index[index.geom_type == 'Polygon'].groupby('epsg'):
+        says = gpd.GeoSeries([box(t[2], t[5] + n*t[4], t[2] + n*t[0], t[5]) for t in rows['transform']], rows.index, crs=int(epsg))
+        off = says.symmetric_difference(rows.geometry.to_crs(int(epsg))).area > n**2 # a hundredth of a patch
+        if off.any(): raise ValueError(f'patch {rows.patch_id[off].iloc[0]} lies elsewhere by its transform than by its outline; write index.parquet anew')
 
 def _ground(index): # ValueError if two folds share ground
     real = index[index.geom_type == 'Polygon']
@@ -147,19 +163,25 @@ def _arrays(folder, row, facts): # ValueError for an array that is missing, miss
     if len(bad := np.setdiff1d(has['labels'], legend)): raise ValueError(f'TARGET_{row.patch_id} holds label {bad[0]}, which is no class of the legend')
     return has
 
+# %% ../nbs/33_card.ipynb #79715a35
 def _counted(row, has, facts): # ValueError if the index says other numbers than the arrays
     seen = np.bincount(has['labels'].ravel(), minlength=max(facts['legend']['ids']) + 1)
     stale = [c for c in facts['legend']['ids'] if seen[c] != getattr(row, f'n_{c}')]
     now = moments(dict(series=has['series'], clear=has['clear']))
+    sha = hashlib.sha256(b''.join(np.ascontiguousarray(has[part]).tobytes() for part in FILES if part in has)).hexdigest()
+    parcels = np.count_nonzero(np.unique(has['parcels']))
+    stale = stale or getattr(row, 'n_parcels', parcels) != parcels or row.sha != sha
     if stale or any(list(getattr(row, k)) != now[k] for k in now):
         raise ValueError(f'the statistics of patch {row.patch_id} are stale: index.parquet does not hold what its arrays hold; count them anew')
 
-def _norms(folder, index): # ValueError for stale statistics
+def _norms(folder, index, facts): # ValueError for stale statistics
     told = json.loads((folder/'NORM_S2_patch.json').read_text())
     groups = {f'Fold_{k}': t for k, t in index.groupby('fold')} | dict(train=index[index.set == 'train'])
     for name, rows in groups.items():
         if name not in told or not all(np.allclose(told[name][k], v) for k, v in pooled(rows).items()):
             raise ValueError(f'the statistics of {name} in NORM_S2_patch.json are stale; count them anew')
+    if not all(np.allclose(facts['statistics'][k], told['train'][k]) for k in ('mean', 'std')):
+        raise ValueError('the statistics in dataset.json are stale; count them anew')
 
 # %% ../nbs/33_card.ipynb #c577b89f
 def check_dataset(
@@ -168,19 +190,29 @@ def check_dataset(
 ) -> dict: # patches, files, sets, dates
     "Check a copy of a data set; ValueError with one sentence on the first fault."
     folder = Path(folder)
-    index, facts = _tables(folder)
+    try: index, facts = _tables(folder)
+    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError, pyarrow.ArrowException) as e:
+        raise ValueError(f'a table of {folder.name} is damaged ({type(e).__name__}: {e}); copy dataset.json, index.parquet and metadata.geojson again') from None
     _ground(index)
+    _placed(index, facts)
+    counts = 0
     for row in tqdm(index.itertuples(), total=len(index), desc='patches', disable=None):
         has = _arrays(folder, row, facts)
         if deep: _counted(row, has, facts)
-    _norms(folder, index)
+        if deep and row.set == 'train': counts = counts + histogram(has)
+    _norms(folder, index, facts)
+    if deep and facts['statistics'].get('percentiles', percentiles(counts)) != percentiles(counts):
+        raise ValueError('the percentiles in dataset.json are stale; count them anew')
     digest = hashlib.sha256(''.join(index.sort_values('patch_id').sha).encode()).hexdigest()[:16]
     if digest != facts['fingerprint']: raise ValueError('the fingerprint in dataset.json is not that of the index; write both anew')
     files = _sums(folder, deep)
     return dict(patches=len(index), files=files, sets=index.groupby('set').size().to_dict(), fingerprint=digest)
 
+# %% ../nbs/33_card.ipynb #844ba92f
 def _sums(folder, deep): # Number of files; ValueError for one that is missing, too many or changed
-    told = dict(reversed(line.split('  ', 1)) for line in (folder/'SHA256SUMS').read_text().splitlines())
+    lines = (folder/'SHA256SUMS').read_text().splitlines()
+    if not all(re.fullmatch('[0-9a-f]{64}  .+', line) for line in lines): raise ValueError('SHA256SUMS is damaged; copy it again')
+    told = dict(reversed(line.split('  ', 1)) for line in lines)
     there = {p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file()} - {'SHA256SUMS'}
     if gone := sorted(set(told) - there): raise ValueError(f'{gone[0]} is missing; copy it again')
     if more := sorted(there - set(told)): raise ValueError(f'{more[0]} is in no list of the data set; remove it or write the card anew')

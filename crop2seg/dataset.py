@@ -32,7 +32,9 @@ def choose(
     "Patches of some folds and of one set; ValueError for a set in an index without sets."
     if set_type is not None and 'set' not in index:
         raise ValueError(f'the data set knows no set {set_type!r}; choose folds instead')
-    rows = index[index.fold.isin(folds or index.fold)]
+    if set_type not in (None, 'train', 'val', 'test'): raise ValueError(f'there is no set {set_type!r}; choose train, val or test')
+    if isinstance(folds, int): folds = (folds,)
+    rows = index[index.fold.isin(index.fold if folds is None else folds)]
     return rows if set_type is None else rows[rows['set'] == set_type]
 
 # %% ../nbs/32_dataset.ipynb #5a25ca73
@@ -89,14 +91,13 @@ class CropDataset(Dataset):
         self.index = choose(index, folds, set_type).reset_index(drop=True)
         if self.index.empty:
             raise ValueError(f'{folder} has no patch in folds {folds}; it has folds 1 to {self.facts["folds"]}')
-        self.folder, self.stats = Path(folder), stats or self.stats_of(folder, folds, set_type and 'train')
+        self.folder, self.stats = Path(folder), stats or self.stats_of(folder, *((None, 'train') if set_type else (folds, None)))
         self.augment, self.temporal_dropout, self.physics = augment, temporal_dropout, physics
-        self.seed, self.epoch, self.void, self.view = seed, 0, self.facts['legend']['void'], View(**view)
+        self.seed, self.epoch, self.unknown, self.view = seed, 0, self.facts['legend']['void'], View(**view)
         if 'season_year' not in self.index: self.index['season_year'] = self.facts['season_year']
         self.lookup = _lookup(self.facts['legend'], self.view.class_mapping)
-        if self.augment and self.view.get_affine:
-            raise ValueError('a turned patch has no transform; leave out augment or get_affine')
-        self._calendar()
+        self.void = (self.view.class_mapping or {}).get(self.unknown, self.unknown)
+        self._fits(); self._calendar()
 
     def __len__(self): return len(self.index)
 
@@ -108,6 +109,12 @@ def _lookup(legend, mapping): # New id of each class; None where nothing changes
     table = np.arange(256)
     table[list(mapping)] = list(mapping.values())
     return table
+
+@patch
+def _fits(self:CropDataset): # ValueError for wishes that these patches cannot fulfil
+    if not 0 <= self.temporal_dropout <= 1: raise ValueError(f'temporal_dropout is {self.temporal_dropout}; it is a share, from 0 to 1')
+    if (self.view.crop or 0) > (size := self.facts['patch_size']): raise ValueError(f'crop is {self.view.crop}, the patches have {size} pixels; take a smaller one')
+    if self.augment and self.view.get_affine: raise ValueError('a turned patch has no transform; leave out augment or get_affine')
 
 @patch
 def _calendar(self:CropDataset): # Per patch: year, days since 1 September, positions of the dates shown
@@ -128,7 +135,7 @@ def _cut(self:CropDataset, i, stay, rng): # Arrays of a window, with the border 
     labels, ids = sample['labels'], sample.pop('parcels')
     if view.border or view.region != 'all':
         border = borders(ids if view.border == 'parcel' else labels)
-        labels = keep_region(labels, border, view.region, self.void)
+        labels = keep_region(labels, border, view.region, self.unknown)
         if view.border: sample['border'] = border[rows, columns]
     if view.parcels: sample['parcels'] = ids[rows, columns]
     if view.get_affine:
@@ -150,7 +157,7 @@ def __getitem__(self:CropDataset, i):
     if view.dates and view.dates < len(stay): stay = np.sort(rng.choice(stay, view.dates, replace=False))
     sample = self._cut(i, stay, rng)
     affine = sample.pop('transform', None)
-    if self.augment: sample = vary(sample, self.void, rng)
+    if self.augment: sample = vary(sample, self.unknown, rng)
     if view.clouds: sample['x'], sample['clear'] = add_clouds(sample['x'], sample['clear'], rng, view.clouds)
     x, days, sample['clear'] = disturb(sample['x'], self.days[i][stay], sample['clear'], rng, self.physics)
     sample |= dict(x=normalise(x, self.stats), days=count_days(days, self.years[i], view.clock))

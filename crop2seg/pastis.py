@@ -23,6 +23,7 @@ from .instances import instance_target
 from .legend import data_dir, read_legend
 from .output import whole
 from .patches import read_index, read_patch
+from .season import to_days
 
 # %% ../nbs/33_pastis.ipynb #855bf2b2
 ARCHIVES = {'PASTIS.zip': ('https://zenodo.org/record/5012942', 'cfc441bf18137ff0bbf4fad58828fb98'),
@@ -64,7 +65,9 @@ def read_pastis_index(
     rows = dict(patch_id=table.ID_PATCH.astype(int), fold=table.Fold.astype(int), tile=table.TILE, dates=iso)
     index = gpd.GeoDataFrame(rows, geometry=table.geometry, crs=table.crs)
     size = _array(folder, 'labels', index.patch_id[0]).shape[-1]
-    return index, dict(name='PASTIS', legend=read_legend('pastis').to_dict(), bands=list(BANDS), season_year=2019,
+    own, middle = Path(folder)/'legend.json', np.sort(to_days([d for row in iso for d in row]))[sum(map(len, iso)) // 2].astype(object)
+    legend = json.loads(own.read_text()) if own.exists() else read_legend('pastis').to_dict()
+    return index, dict(name='PASTIS', legend=legend, bands=list(BANDS), season_year=middle.year + (middle.month >= 9),
                        patch_size=size, folds=int(index.fold.max()), source='https://zenodo.org/record/5012942')
 
 # %% ../nbs/33_pastis.ipynb #360a661a
@@ -132,13 +135,14 @@ def write_pastis(
 ) -> Path: # The folder, whole or not there
     "Write a data set in the layout of PASTIS; ValueError if the folder exists."
     if (out := Path(out)).exists(): raise ValueError(f'{out} exists; name a new folder for the copy')
-    index, _ = read_index(folder)
+    index, facts = read_index(folder)
     with whole(out) as part:
         for name in {f.split('/')[0] for f in FOLDERS.values()}: (part/name).mkdir(parents=True)
         for patch_id in tqdm(index.patch_id, desc='patches', disable=None):
             for kind, a in _as_theirs(read_patch(folder, patch_id), mapping).items():
                 np.save(part/f'{FOLDERS[kind]}_{patch_id}.npy', a)
         for name in ('metadata.geojson', 'NORM_S2_patch.json'): shutil.copy(Path(folder)/name, part/name)
+        if mapping is None: (part/'legend.json').write_text(json.dumps(facts['legend'])) # else the classes are those of PASTIS
     return out
 
 def _as_theirs(arrays, mapping): # Arrays of one patch under the names of `FOLDERS`

@@ -32,7 +32,7 @@ def interior(
     "Pixels away from the edges of their parcel; ValueError for images of different shapes."
     if np.shape(labels) != np.shape(ids):
         raise ValueError(f'labels {np.shape(labels)} and parcel ids {np.shape(ids)} differ; burn both on one grid')
-    keep = (labels != void) | (ids > 0)
+    keep = np.asarray(labels != void)
     for image in (labels, ids): # the filters repeat the outermost pixels beyond the edge of the image
         keep = keep & (minimum_filter(image, 2*margin + 1) == maximum_filter(image, 2*margin + 1))
     return keep

@@ -7,6 +7,7 @@ __all__ = ['REGIONS', 'CLOCKS', 'BORDERS', 'keep_region', 'View', 'choose_dates'
 
 # %% ../nbs/31_view.ipynb #a27eab77
 from dataclasses import dataclass
+from datetime import date
 import numpy as np
 from jaxtyping import Bool, Int
 from .season import to_days
@@ -55,6 +56,11 @@ class View:
         for name, least in dict(crop=2, dates=1).items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f'{name} is {value}; give at least {least}')
+        for name in ('truncate', 'clouds'):
+            if not 0 <= (value := getattr(self, name)) <= 1: raise ValueError(f'{name} is {value}; it is a share, from 0 to 1')
+        for name in ('from_date', 'to_date', 'mono_date'):
+            try: isinstance(value := getattr(self, name), str) and date.fromisoformat(value)
+            except ValueError: raise ValueError(f'{name} is {value!r}; write a day as YYYY-MM-DD') from None
 
 # %% ../nbs/31_view.ipynb #3cc0a7dd
 def choose_dates(

@@ -302,3 +302,33 @@ def test_nine_real_patches(tmp_path):
         assert {str(i): c for i, c in zip(ids.tolist(), n.tolist())} == a['classes']
         own = sample['instance'][1].numpy()
         assert (len(np.unique(own)) == len(np.unique(data[f'{k}_instance']))) and ((own > 0) == (data[f'{k}_instance'] > 0)).all()
+
+# ---- what a review found
+
+def test_each_pass_of_a_loader_draws_anew_unless_epochs_are_counted(folder):
+    data = CropDataset(folder, FIVE, crop=8, augment=True)
+    loader = make_loader(data, 4, shuffle=False)
+    first, second = (torch.cat([b['x'][:, :1] if isinstance(b, dict) else b[0][:, :1] for b in loader]) for _ in range(2))
+    assert first.shape == second.shape and not torch.equal(first, second)
+    data.epoch = 0
+    again = torch.cat([b['x'][:, :1] if isinstance(b, dict) else b[0][:, :1] for b in loader])
+    assert torch.equal(first, again)
+
+def test_void_goes_through_a_class_mapping(folder):
+    to = {c: int(c == 4) for c in range(14)} | {14: 2}
+    data = CropDataset(folder, class_mapping=to)
+    assert data.void == 2 and set(np.unique(data[0]['labels'])) <= {0, 1, 2}
+    assert CropDataset(folder, class_mapping={c: 0 for c in range(14)}).void == 14
+
+def test_wrong_wishes_are_one_sentence(folder):
+    for wish, says in ((dict(crop=64), 'take a smaller one'), (dict(set_type='foo'), 'choose train, val or test'), (dict(clouds=5.), 'from 0 to 1'),
+                       (dict(temporal_dropout=2.), 'from 0 to 1'), (dict(from_date='5.6.2019'), 'write a day as'), (dict(mono_date='June'), 'write a day as'),
+                       (dict(folds=()), 'no patch in folds')):
+        with pytest.raises(ValueError, match=says): CropDataset(folder, **wish)
+    assert len(CropDataset(folder, folds=2)) == len(CropDataset(folder, folds=(2,)))
+    assert CropDataset(folder, folds=(5,), set_type='test').stats == CropDataset(folder, set_type='train').stats
+
+def test_ours_as_pastis_keeps_year_legend_and_void(folder, tmp_path):
+    ours, theirs = CropDataset(folder), PastisDataset(write_pastis(folder, tmp_path/'PASTIS'))
+    assert theirs.void == ours.void == 14 and theirs.facts['legend'] == ours.facts['legend']
+    for a, b in zip(ours, theirs): assert a['patch_id'] == b['patch_id'] and torch.equal(a['days'], b['days']) and torch.equal(a['labels'], b['labels'])

@@ -10,7 +10,7 @@ from crop2seg.harmonise import ledger
 from crop2seg.indices import index
 from crop2seg.legend import read_legend
 from crop2seg.parcels import burn, read_parcels
-from crop2seg.profiles import class_profiles, class_tally, interior
+from crop2seg.profiles import class_profiles, class_tally, interior, parcel_profiles
 from crop2seg.season import Season
 from crop2seg.stac import open_source, search
 
@@ -33,7 +33,7 @@ def test_real_profiles_say_what_farmers_do(place):
     "Medians of Flanders 2018 that any agronomist would sign: meadows green in May, maize not up, and the other way round in the dry summer"
     profiles = class_profiles(class_tally(*place, legend))
     of = {c: t.set_index('date')['median'] for c, t in profiles[profiles.seen > .3].groupby('class_id')}
-    assert set(of) == set(np.unique(place[1][place[2] > 0])), 'every class with a parcel has a profile'
+    assert set(of) == set(np.unique(place[1][place[2] > 0])) - {legend.void}, 'every class with a parcel has a profile, and void is no class'
     assert of[1]['2018-05'].median() > .75 > .35 > of[6]['2018-05'].median()
     assert of[6]['2018-07'].median() > .75 > .6 > of[1]['2018-07'].median()
     assert of[13]['2018-06'].median() > of[13]['2018-09'].median() + .1               # potatoes are lifted in September
@@ -135,3 +135,11 @@ atlas.write_profiles(*field(), legend, {str(tmp_path/'atlas')!r})
     assert not (tmp_path/'atlas').exists() and (tmp_path/'.atlas.part').exists()
     out = write_profiles(*field(), legend, tmp_path/'atlas')
     assert (out/'run.json').exists() and not (tmp_path/'.atlas.part').exists()
+
+def test_void_rims_and_void_parcels_are_no_class():
+    "What a buffer makes void counts for nothing, and a parcel keeps its class"
+    cube, labels, ids = field()
+    rim = labels.copy(); rim[:2], rim[:, :2] = legend.void, legend.void
+    parcels = parcel_profiles(cube, rim, ids, legend, margin=0)
+    assert set(parcels.class_id) == set(labels[ids > 0]) - {legend.void} and set(parcels.parcel_id) == set(ids[ids > 0])
+    assert legend.void not in set(class_profiles(class_tally(cube, rim, ids, legend, margin=0)).class_id)
