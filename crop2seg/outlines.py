@@ -98,6 +98,7 @@ class Outlines:
 
     def __len__(self): return len(self.fids)
 
+# %% ../nbs/28_outlines.ipynb #72d2aa22
 LARGE = 200_000 # rows from which a user is told about a slow format
 
 def open_outlines(
@@ -107,7 +108,8 @@ def open_outlines(
     "Open a file of polygons; FileNotFoundError or ValueError with the remedy."
     if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist; give a file of parcels')
     try: facts = _open_parquet(path) if _parquet(path) else _open_vector(path, layer)
-    except (pyogrio.errors.DataSourceError, ValueError, OSError, KeyError) as e:
+    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, ValueError, OSError, KeyError) as e:
+        if isinstance(e, pyogrio.errors.DataLayerError): raise ValueError(f'{path} has no layer {layer}; it has {", ".join(pyogrio.list_layers(path)[:, 0])}') from e
         if str(path) in str(e) and 'give the name' in str(e): raise
         raise ValueError(f'{path} cannot be read as parcels ({type(e).__name__}); '
                          'give a GeoPackage, GeoParquet, Shapefile or GeoJSON') from e
