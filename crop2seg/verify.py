@@ -97,7 +97,7 @@ def _unclear(look): # Why the pixels do not tell
 
 # %% ../nbs/12_verify.ipynb #8cc881e5
 def _begin(looks, shared, bands, said): # The scenes with which a season that carries the 1000 begins, else nothing
-    fair = [k for k, l in enumerate(looks) if l.clear.sum() >= LEAST and l.cloudy < .4 and said[k] != 0]
+    fair = [k for k, l in enumerate(looks) if l.clear.sum() >= LEAST and l.cloudy < .4]
     if len(fair) < 3 or not np.isin(bands, _VISIBLE).any(): return {}
     floor = np.sort([looks[k].dark for k in fair], axis=0)[1]
     if not (850 <= floor.min() <= 1500 and (floor[np.isin(bands, _CALM)] < 2200).all()): return {}
