@@ -5,39 +5,54 @@
 # %% auto #0
 __all__ = ['TimeUNet']
 
-# %% ../../nbs/43_models.timeunet.ipynb #95574d8a
-from torch import Tensor, nn
-from jaxtyping import Bool, Float, Int
-from .layers import UNet2d, conv_block, head, per_date
-from .ltae import LTAE
+# %% ../../nbs/43_models.timeunet.ipynb #9062961a
+import torch
+from .layers import Style, UNet2d, conv_block, few_at_a_time
+from .ltae import LTAE, look, textbook, usable
+from .seasonal import SeasonNet, plainly
 
-# %% ../../nbs/43_models.timeunet.ipynb #411f88e7
-class TimeUNet(nn.Module):
+# %% ../../nbs/43_models.timeunet.ipynb #ead801cf
+class _LookThenOutline(SeasonNet): # The way through Time-Unet, fast and plain
+    def answer(self, parts, keep):
+        frames = parts[0][0][0] if len(parts) == 1 else torch.cat([p[0][0] for p in parts])
+        f, = few_at_a_time(lambda some: [self.dates(some)], frames, self.training)
+        seen = [look(self.season, one, days[0], None if clear is None else clear[0], keep=keep)
+                for one, (_, days, clear, _) in zip(f.split([len(p[-1]) for p in parts]), parts)]
+        answers, weights = zip(*seen)
+        del f, seen  # the largest array by far
+        return self.space(self.season.out(torch.stack(answers))), list(weights)
+
+    def plain_answer(self, x, days, pad, clear):
+        f = self.dates(x.flatten(0, 1)).unflatten(0, pad.shape) * (~pad)[..., None, None, None]
+        use = (~pad)[:, None] if clear is None else usable(pad, clear.flatten(2))
+        answers, weights = textbook(self.season, f, days, use, self.ancestor)
+        return self.space(self.season.out(answers)), weights
+
+# %% ../../nbs/43_models.timeunet.ipynb #ecbe466d
+class TimeUNet(_LookThenOutline):
     "Time-Unet: conv block on each date, L-TAE at full resolution, 2-D U-Net, plain head."
     def __init__(self,
         n_classes:int, # K
         n_bands:int=10, # C
+        *,
         widths:tuple=(64, 64, 64, 128), # Features at each size, finest first; the first also on each date
         decoder:tuple=(32, 32, 64), # Features on the way back, finest first
         n_head:int=16, # Heads of attention; must divide widths[0] and d_model
         d_model:int=256, # Length of the inner code of attention
         d_k:int=4, # Length of query and key
         dropout:float=.1, # In attention and on its embedding
-        norm:str='batch', # 'batch' or 'group'
+        norm:str='batch', # 'batch' or 'group', on each date and on the way down
+        conv:str='plain', # 'plain', 'separable' or 'mbconv', likewise
+        squeeze:bool=False, # A gain for each feature, likewise
+        clock:str='days', # 'days', 'doy', 'both' or 'thermal'
+        linear:bool=False, # A learned matrix on the code of the days
+        queries:int=1, # Questions of each head
         use_clear:bool=True, # Attend to clear dates only, where `clear` is given
+        boundary:bool=False, # A second head for the edges of parcels
+        compat:bool=False, # Built as the published net was
     ):
-        super().__init__()
-        self.use_clear = use_clear
-        self.dates = conv_block(n_bands, widths[0], widths[0], kind=norm)
-        self.season = LTAE(widths[0], widths[0], n_head, d_model, d_k, dropout, norm)
-        self.space = UNet2d(widths, decoder, norm)
-        self.head = head(decoder[0], n_classes)
-
-    def embed(self, x, days, pad, clear=None):
-        "Season of each pixel (B D H W) and weights of the dates (G B T H W)."
-        return self.season(per_date(self.dates, x, pad), days, pad, clear if self.use_clear else None)
-
-    def forward(self, x:Float[Tensor, "B T C H W"], days:Int[Tensor, "B T"], pad:Bool[Tensor, "B T"],
-                clear:Bool[Tensor, "B T H W"]|None=None) -> Float[Tensor, "B K H W"]:
-        "Logits of every pixel; ValueError if a sample has no valid date."
-        return self.head(self.space(self.embed(x, days, pad, clear)[0]))
+        super().__init__(decoder[0], n_classes, use_clear and not compat, boundary, compat)
+        style, last = Style('group' if compat else norm, conv, squeeze, compat), Style(ancestor=compat)
+        self.dates = conv_block(n_bands, widths[0], widths[0], style=style)
+        self.season = LTAE(widths[0], widths[0], n_head, d_model, d_k, dropout, last, clock, linear, queries)
+        self.space = UNet2d(widths, decoder, style, last)
