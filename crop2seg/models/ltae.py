@@ -128,10 +128,10 @@ class DateWeights(nn.Module):
         code = self.code(clock_code(days, self.share, self.clock).repeat(1, 1, len(self.query)))
         return code + self.inner.bias + self.inner.weight @ self.shift
 
-# %% ../../nbs/41_models.ltae.ipynb #7477f837
+# %% ../../nbs/41_models.ltae.ipynb #95bee863
 def look(
     net:DateWeights, # What is asked
-    x:Float[Tensor, "T C H W"], # Features of the dates that count
+    pieces:list, # Features of the dates that count, some (t C H W) each
     days:Int[Tensor, "T"], # Their days
     clear:Bool[Tensor, "T H W"]|None=None, # Where they may be looked at
     pool:bool=True, # Make answers
@@ -139,21 +139,21 @@ def look(
     block:int=512, # Pixels at a time
 ) -> tuple: # Answers (QD H W) or None; weights before dropping (G T H W) or None
     "Attention of one sample over its dates."
-    with torch.autocast(x.device.type, enabled=False):
-        g, h, w = len(net.query), x.shape[-2], net.inner.weight * net.gain
-        s, base, use = rearrange(x, 't c h w -> t (h w) c'), net.base(days[None])[0], None
+    with torch.autocast(days.device.type, enabled=False):
+        g, h, w = len(net.query), pieces[0].shape[-2], net.inner.weight * net.gain
+        series, base, use = [rearrange(f, 't c h w -> t (h w) c') for f in pieces], net.base(days[None])[0], None
         if clear is not None: use = usable(torch.zeros_like(clear[None, :, 0, 0]), clear.flatten(1)[None])[0].T
         answers, weights = [], []
-        for i in range(0, s.shape[1], block):
+        for i in range(0, series[0].shape[1], block):
             here = None if use is None else use[:, i:i + block]
-            z = normalise_dates(s[:, i:i + block].float(), g, here)
+            z = normalise_dates(torch.cat([s[:, i:i + block].float() for s in series]), g, here)
             a = head_weights(z, base, net.query, net.key.weight, w, here)
             if pool: answers.append(pool_values(z, net.drop(a), base, w, g))
             if keep: weights.append(rearrange(a, 't n (g q) -> g t n q', g=g).mean(-1))
         return (rearrange(torch.cat(answers), '(h w) d -> d h w', h=h) if pool else None,
                 rearrange(torch.cat(weights, 2), 'g t (h w) -> g t h w', h=h) if keep else None)
 
-# %% ../../nbs/41_models.ltae.ipynb #3ba61b2c
+# %% ../../nbs/41_models.ltae.ipynb #f12cd3f1
 class _EachPixel(nn.GroupNorm): # The norm with which the ancestor ends: over groups of features of one pixel
     def forward(self, x): return rearrange(super().forward(rearrange(x, 'b d h w -> (b h w) d')), '(b h w) d -> b d h w', b=len(x), h=x.shape[-2])
 
@@ -180,7 +180,7 @@ class LTAE(DateWeights):
                 clear:Bool[Tensor, "B T H W"]|None=None):
         "Embedding (B D H W) and weights (G B T H W); ValueError if a sample has no valid date."
         parts = list(samples(x, days, pad, clear))
-        seen = [look(self, x[0], days[0], None if clear is None else clear[0]) for x, days, clear, _ in parts]
+        seen = [look(self, [x[0]], days[0], None if clear is None else clear[0]) for x, days, clear, _ in parts]
         answers, weights = zip(*seen)
         return self.out(torch.stack(answers)), put_back(weights, [p[-1] for p in parts], x.shape[1])
 

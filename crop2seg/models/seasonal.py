@@ -13,24 +13,28 @@ from jaxtyping import Bool, Float, Int
 from .dates import counted, put_back, samples
 from .layers import Style, conv_block, head, pad_to
 
-# %% ../../nbs/41_models.seasonal.ipynb #62bdc538
+# %% ../../nbs/41_models.seasonal.ipynb #9474845b
 def weighted_sum(
-    f:Float[Tensor, "T C H W"], # Features of one sample, date by date
+    pieces:list, # Features of one sample, some dates (t C H W) each
     a:Float[Tensor, "G T h w"], # Weights, sum to 1 over T; G divides C
     clear:Float[Tensor, "T H W"]|None=None, # 1 where a date may be looked at, else 0
     whole:bool=False, # All dates at once, as gradients need it
 ) -> Float[Tensor, "C H W"]:
     "Sum of the features over dates, each group of features with the weights of its head."
-    a = a.transpose(0, 1).repeat_interleave(f.shape[1] // len(a), 1).contiguous(memory_format=torch.channels_last)
-    same = a.shape[-2:] == f.shape[-2:]
-    total, count = 0, 0
-    for t in [slice(None)] if whole else [slice(t, t + 1) for t in range(len(f))]:
-        w = a[t] if same else F.interpolate(a[t], f.shape[-2:], mode='bilinear')
-        if clear is not None:
-            w = w * clear[t, None].clamp(min=1e-6)
-            count = count + w.sum(0, keepdim=True)
-        total = total + (f[t] * w).sum(0, keepdim=True) if whole or t.start == 0 else total.addcmul_(f[t].to(w), w)
-    return (total if clear is None else total / count)[0]
+    size, share = pieces[0].shape[-2:], pieces[0].shape[1] // len(a)
+    a = a.transpose(0, 1).repeat_interleave(share, 1).contiguous(memory_format=torch.channels_last)
+    def weights(t): # of some dates, at full size
+        w = a[t] if a.shape[-2:] == size else F.interpolate(a[t], size, mode='bilinear')
+        return w if clear is None else w * clear[t, None].clamp(min=1e-6)
+    if whole: total, count = (torch.cat(pieces) * (w := weights(slice(None)))).sum(0), w.sum(0)
+    else:
+        total, count = None, 0
+        for t, f in enumerate(f for piece in pieces for f in piece.split(1)):
+            w = weights(slice(t, t + 1))
+            total = f * w if t == 0 else total.addcmul_(f.to(w), w)
+            if clear is not None: count = count + w
+        total, count = total[0], None if clear is None else count[0]
+    return total if clear is None else total / count
 
 # %% ../../nbs/41_models.seasonal.ipynb #ac2c12ec
 def clear_at(

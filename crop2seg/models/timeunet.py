@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['TimeUNet']
 
-# %% ../../nbs/43_models.timeunet.ipynb #9062961a
+# %% ../../nbs/43_models.timeunet.ipynb #70364ed9
 import torch
-from .layers import Style, UNet2d, conv_block, few_at_a_time
+from .layers import Style, UNet2d, conv_block, few_at_a_time, share_out
 from .ltae import LTAE, look, textbook, usable
 from .seasonal import SeasonNet, plainly
 
-# %% ../../nbs/43_models.timeunet.ipynb #ead801cf
+# %% ../../nbs/43_models.timeunet.ipynb #6de11440
 class _LookThenOutline(SeasonNet): # The way through Time-Unet, fast and plain
     def answer(self, parts, keep):
         frames = parts[0][0][0] if len(parts) == 1 else torch.cat([p[0][0] for p in parts])
         f, = few_at_a_time(lambda some: [self.dates(some)], frames, self.training)
-        seen = [look(self.season, one, days[0], None if clear is None else clear[0], keep=keep)
-                for one, (_, days, clear, _) in zip(f.split([len(p[-1]) for p in parts]), parts)]
-        answers, weights = zip(*seen)
-        del f, seen  # the largest array by far
+        f = share_out(f, [len(p[-1]) for p in parts])
+        answers, weights = zip(*[look(self.season, one, days[0], None if clear is None else clear[0], keep=keep)
+                                 for one, (_, days, clear, _) in zip(f, parts)])
+        del f  # the largest array by far
         return self.space(self.season.out(torch.stack(answers))), list(weights)
 
     def plain_answer(self, x, days, pad, clear):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shared_weights', 'UTAE', 'our_names', 'load_utae_paps']
 
-# %% ../../nbs/42_models.utae.ipynb #5944caaa
+# %% ../../nbs/42_models.utae.ipynb #b681060c
 import re
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from jaxtyping import Bool, Float, Int
-from .layers import Climb, DownBlock, Style, conv_block, few_at_a_time, pad_to
+from .layers import Climb, DownBlock, Style, conv_block, few_at_a_time, pad_to, share_out
 from .ltae import LTAE, look, textbook, usable
 from .seasonal import SeasonNet, clear_at, plainly, weighted_sum
 
@@ -29,7 +29,7 @@ def shared_weights(
     if kind == 'mean': return torch.zeros_like(a[:1]) + (valid / valid.sum())[:, None, None]
     raise ValueError(f"skips {kind!r} does not exist; choose 'att_group', 'att_mean' or 'mean'")
 
-# %% ../../nbs/42_models.utae.ipynb #0f808b3c
+# %% ../../nbs/42_models.utae.ipynb #c7c7a6ce
 class _DownThenLook(SeasonNet): # The way through U-TAE, fast and plain
     def encode(self, x): # Frames (N C H W) -> features at each size
         levels = [self.dates(x)]
@@ -39,7 +39,8 @@ class _DownThenLook(SeasonNet): # The way through U-TAE, fast and plain
     def answer(self, parts, keep):
         frames = parts[0][0][0] if len(parts) == 1 else torch.cat([p[0][0] for p in parts])
         sizes, n, (h, w) = [len(p[-1]) for p in parts], len(self.down) + 1, frames.shape[-2:]
-        levels = [y.split(sizes) for y in few_at_a_time(self.encode, pad_to(frames, 2 ** (n - 1)), self.training)]
+        levels = few_at_a_time(self.encode, pad_to(frames, 2 ** (n - 1)), self.training)
+        levels = [share_out(pieces, sizes) for pieces in levels]
         answers, weights, skips = [], [], []
         for b, (_, days, clear, where) in enumerate(parts):
             seen = [c if c is None else c[0] for c in clear_at(clear, n)]
@@ -50,7 +51,7 @@ class _DownThenLook(SeasonNet): # The way through U-TAE, fast and plain
         skips = [torch.stack(s) for s in zip(*skips)]
         return self.climb([*skips, self.season.out(torch.stack(answers))])[..., :h, :w], weights if keep else []
 
-# %% ../../nbs/42_models.utae.ipynb #897b129f
+# %% ../../nbs/42_models.utae.ipynb #99cb3dd9
 def _fits(skips, widths, n_head): # The kind of skips, if heads can share out the features of every size
     shared_weights(torch.zeros(1, 1, 1, 1), skips, torch.ones(1))
     if odd := [w for w in widths if skips == 'att_group' and w % n_head]:
@@ -65,7 +66,7 @@ class _Plain(_DownThenLook): # The same, all at once
         use = (~pad)[:, None] if clear is None else usable(pad, seen[-1].bool().flatten(2))
         o, a = textbook(self.season, levels[-1], days, use, self.ancestor)
         shared = [shared_weights(a[:, b], self.skips, ~pad[b]) for b in range(len(pad))]
-        skips = [torch.stack([weighted_sum(f[b], s, None if c is None else c[b] * ~pad[b][:, None, None], True)
+        skips = [torch.stack([weighted_sum([f[b]], s, None if c is None else c[b] * ~pad[b][:, None, None], True)
                               for b, s in enumerate(shared)]) for f, c in zip(levels[:-1], seen)]
         return self.climb([*skips, self.season.out(o)])[..., :h, :w], a
 

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['WTAE']
 
-# %% ../../nbs/44_models.wtae.ipynb #5c68595f
+# %% ../../nbs/44_models.wtae.ipynb #00065eb4
 from dataclasses import replace
 import torch
 from torch import nn
-from .layers import DownBlock, Style, UNet2d, conv_block, few_at_a_time, pad_to
+from .layers import DownBlock, Style, UNet2d, conv_block, few_at_a_time, pad_to, share_out
 from .ltae import DateWeights, look, textbook, usable
 from .seasonal import SeasonNet, clear_at, plainly, weighted_sum
 
-# %% ../../nbs/44_models.wtae.ipynb #fdf43694
+# %% ../../nbs/44_models.wtae.ipynb #3e2cb464
 class _LeafThenDraw(SeasonNet): # The way through W-TAE, fast and plain
     def read(self, x): # Frames (N C H W) -> features at full size, and from the cheap branch
         f = self.dates(x)
@@ -22,16 +22,17 @@ class _LeafThenDraw(SeasonNet): # The way through W-TAE, fast and plain
     def answer(self, parts, keep):
         frames = parts[0][0][0] if len(parts) == 1 else torch.cat([p[0][0] for p in parts])
         sizes, n, (h, w) = [len(p[-1]) for p in parts], len(self.branch) + 1, frames.shape[-2:]
-        fine, coarse = (y.split(sizes) for y in few_at_a_time(self.read, pad_to(frames, 2 ** (n - 1)), self.training))
+        both = few_at_a_time(self.read, pad_to(frames, 2 ** (n - 1)), self.training)
+        fine, coarse = (share_out(pieces, sizes) for pieces in both)
         weights, sums = [], []
         for f, c, (_, days, clear, _) in zip(fine, coarse, parts):
             seen = [s if s is None else s[0] for s in clear_at(clear, n)]
             weights.append(look(self.season, c, days[0], None if clear is None else seen[-1].bool(), pool=False)[1])
             sums.append(weighted_sum(f, weights[-1], seen[0], self.training))
-        del fine, coarse, f, c  # the largest arrays by far
+        del both, fine, coarse, f, c  # the largest arrays by far
         return self.space(torch.stack(sums))[..., :h, :w], weights if keep else []
 
-# %% ../../nbs/44_models.wtae.ipynb #1386b443
+# %% ../../nbs/44_models.wtae.ipynb #5ee372c5
 class _Plain(_LeafThenDraw): # The same, all at once
     def plain_answer(self, x, days, pad, clear):
         n, (h, w), valid = len(self.branch) + 1, x.shape[-2:], (~pad)[..., None, None, None]
@@ -40,7 +41,7 @@ class _Plain(_LeafThenDraw): # The same, all at once
         use = (~pad)[:, None] if clear is None else usable(pad, seen[-1].bool().flatten(2))
         _, a = textbook(self.season, coarse, days, use, self.ancestor)
         where = lambda b: None if clear is None else seen[0][b] * ~pad[b][:, None, None]
-        sums = torch.stack([weighted_sum(fine[b], a[:, b], where(b), True) for b in range(len(pad))])
+        sums = torch.stack([weighted_sum([fine[b]], a[:, b], where(b), True) for b in range(len(pad))])
         return self.space(sums)[..., :h, :w], a
 def _shared(widths, n_head): # Features of the branch, if heads can share out those of full size
     if widths[0] % n_head: raise ValueError(f'{n_head} heads cannot share {widths[0]} features; take widths that n_head divides')
