@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['weighted_sum', 'clear_at', 'finish', 'plainly', 'SeasonNet']
 
-# %% ../../nbs/41_models.seasonal.ipynb #8a9bbc30
+# %% ../../nbs/41_models.seasonal.ipynb #98f424cc
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from jaxtyping import Bool, Float, Int
 from .dates import counted, put_back, samples
-from .layers import Style, conv_block, head, pad_to
+from .layers import Style, conv_block, head, joined, pad_to
 
-# %% ../../nbs/41_models.seasonal.ipynb #9474845b
+# %% ../../nbs/41_models.seasonal.ipynb #f0bf2d12
 def weighted_sum(
     pieces:list, # Features of one sample, some dates (t C H W) each
     a:Float[Tensor, "G T h w"], # Weights, sum to 1 over T; G divides C
@@ -26,7 +26,7 @@ def weighted_sum(
     def weights(t): # of some dates, at full size
         w = a[t] if a.shape[-2:] == size else F.interpolate(a[t], size, mode='bilinear')
         return w if clear is None else w * clear[t, None].clamp(min=1e-6)
-    if whole: total, count = (torch.cat(pieces) * (w := weights(slice(None)))).sum(0), w.sum(0)
+    if whole: total, count = (joined(pieces) * (w := weights(slice(None)))).sum(0), w.sum(0)
     else:
         total, count = None, 0
         for t, f in enumerate(f for piece in pieces for f in piece.split(1)):
@@ -77,7 +77,7 @@ def plainly(
     features, weights = net.plain_answer(x, days, pad, clear)
     return finish(net, features, weights if return_attention else None, return_boundary)
 
-# %% ../../nbs/41_models.seasonal.ipynb #e38a313c
+# %% ../../nbs/41_models.seasonal.ipynb #8f68615e
 class SeasonNet(nn.Module):
     "A net that weighs dates; subclasses give `answer` and `plain_answer`: features (B D H W) and weights."
     def __init__(self,
@@ -101,4 +101,4 @@ class SeasonNet(nn.Module):
         groups = [parts] if self.training else [[part] for part in parts]
         features, weights = zip(*[self.answer(group, return_attention) for group in groups])
         if return_attention: weights = put_back(sum(weights, []), [p[-1] for p in parts], x.shape[1])
-        return finish(self, torch.cat(features), weights if return_attention else None, return_boundary)
+        return finish(self, joined(features), weights if return_attention else None, return_boundary)

@@ -5,22 +5,30 @@
 # %% auto #0
 __all__ = ['TimeUNet']
 
-# %% ../../nbs/43_models.timeunet.ipynb #70364ed9
+# %% ../../nbs/43_models.timeunet.ipynb #c6dce28e
 import torch
-from .layers import Style, UNet2d, conv_block, few_at_a_time, share_out
+from .layers import Style, UNet2d, conv_block, few_at_a_time, joined, share_out
 from .ltae import LTAE, look, textbook, usable
 from .seasonal import SeasonNet, plainly
 
-# %% ../../nbs/43_models.timeunet.ipynb #6de11440
+# %% ../../nbs/43_models.timeunet.ipynb #3d12facf
 class _LookThenOutline(SeasonNet): # The way through Time-Unet, fast and plain
-    def answer(self, parts, keep):
-        frames = parts[0][0][0] if len(parts) == 1 else torch.cat([p[0][0] for p in parts])
+    def seasons(self, parts, rows, keep): # Answers and weights of each sample in some rows
+        first = max(0, rows.start - 2)
+        frames = joined([p[0][0, :, :, first:rows.stop + 2] for p in parts])
         f, = few_at_a_time(lambda some: [self.dates(some)], frames, self.training)
-        f = share_out(f, [len(p[-1]) for p in parts])
-        answers, weights = zip(*[look(self.season, one, days[0], None if clear is None else clear[0], keep=keep)
-                                 for one, (_, days, clear, _) in zip(f, parts)])
-        del f  # the largest array by far
-        return self.space(self.season.out(torch.stack(answers))), list(weights)
+        f = [piece[:, :, rows.start - first:rows.stop - first] for piece in f]
+        return zip(*[look(self.season, one, days[0], None if clear is None else clear[0, :, rows], keep=keep)
+                     for one, (_, days, clear, _) in zip(share_out(f, [len(p[-1]) for p in parts]), parts)])
+
+    def answer(self, parts, keep):
+        height = parts[0][0].shape[-2]
+        step = 64 if self.local and not self.training else height
+        strips = [self.seasons(parts, slice(i, i + step), keep) for i in range(0, height, step)]
+        answers, weights = zip(*strips)
+        answers = [torch.cat(rows, 1) for rows in zip(*answers)]
+        weights = [torch.cat(rows, 2) for rows in zip(*weights)] if keep else []
+        return self.space(self.season.out(joined(answers, torch.stack))), weights
 
     def plain_answer(self, x, days, pad, clear):
         f = self.dates(x.flatten(0, 1)).unflatten(0, pad.shape) * (~pad)[..., None, None, None]
@@ -28,7 +36,7 @@ class _LookThenOutline(SeasonNet): # The way through Time-Unet, fast and plain
         answers, weights = textbook(self.season, f, days, use, self.ancestor)
         return self.space(self.season.out(answers)), weights
 
-# %% ../../nbs/43_models.timeunet.ipynb #ecbe466d
+# %% ../../nbs/43_models.timeunet.ipynb #4d064e66
 class TimeUNet(_LookThenOutline):
     "Time-Unet: conv block on each date, L-TAE at full resolution, 2-D U-Net, plain head."
     def __init__(self,
@@ -53,6 +61,6 @@ class TimeUNet(_LookThenOutline):
     ):
         super().__init__(decoder[0], n_classes, use_clear and not compat, boundary, compat)
         style, last = Style('group' if compat else norm, conv, squeeze, compat), Style(ancestor=compat)
-        self.dates = conv_block(n_bands, widths[0], widths[0], style=style)
+        self.dates, self.local = conv_block(n_bands, widths[0], widths[0], style=style), style == Style(conv=conv) and conv != 'mbconv'
         self.season = LTAE(widths[0], widths[0], n_head, d_model, d_k, dropout, last, clock, linear, queries)
         self.space = UNet2d(widths, decoder, style, last)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shared_weights', 'UTAE', 'our_names', 'load_utae_paps']
 
-# %% ../../nbs/42_models.utae.ipynb #b681060c
+# %% ../../nbs/42_models.utae.ipynb #78e00d1b
 import re
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from jaxtyping import Bool, Float, Int
-from .layers import Climb, DownBlock, Style, conv_block, few_at_a_time, pad_to, share_out
+from .layers import Climb, DownBlock, Style, conv_block, few_at_a_time, joined, pad_to, share_out
 from .ltae import LTAE, look, textbook, usable
 from .seasonal import SeasonNet, clear_at, plainly, weighted_sum
 
@@ -29,7 +29,7 @@ def shared_weights(
     if kind == 'mean': return torch.zeros_like(a[:1]) + (valid / valid.sum())[:, None, None]
     raise ValueError(f"skips {kind!r} does not exist; choose 'att_group', 'att_mean' or 'mean'")
 
-# %% ../../nbs/42_models.utae.ipynb #c7c7a6ce
+# %% ../../nbs/42_models.utae.ipynb #4aabd170
 class _DownThenLook(SeasonNet): # The way through U-TAE, fast and plain
     def encode(self, x): # Frames (N C H W) -> features at each size
         levels = [self.dates(x)]
@@ -37,7 +37,7 @@ class _DownThenLook(SeasonNet): # The way through U-TAE, fast and plain
         return levels
 
     def answer(self, parts, keep):
-        frames = parts[0][0][0] if len(parts) == 1 else torch.cat([p[0][0] for p in parts])
+        frames = joined([p[0][0] for p in parts])
         sizes, n, (h, w) = [len(p[-1]) for p in parts], len(self.down) + 1, frames.shape[-2:]
         levels = few_at_a_time(self.encode, pad_to(frames, 2 ** (n - 1)), self.training)
         levels = [share_out(pieces, sizes) for pieces in levels]
@@ -48,8 +48,8 @@ class _DownThenLook(SeasonNet): # The way through U-TAE, fast and plain
             shared = shared_weights(a, self.skips, torch.ones_like(where))
             skips.append([weighted_sum(f[b], shared, c, self.training) for f, c in zip(levels[:-1], seen)])
             answers.append(o), weights.append(a)
-        skips = [torch.stack(s) for s in zip(*skips)]
-        return self.climb([*skips, self.season.out(torch.stack(answers))])[..., :h, :w], weights if keep else []
+        skips = [joined(s, torch.stack) for s in zip(*skips)]
+        return self.climb([*skips, self.season.out(joined(answers, torch.stack))])[..., :h, :w], weights if keep else []
 
 # %% ../../nbs/42_models.utae.ipynb #99cb3dd9
 def _fits(skips, widths, n_head): # The kind of skips, if heads can share out the features of every size

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['WTAE']
 
-# %% ../../nbs/44_models.wtae.ipynb #00065eb4
+# %% ../../nbs/44_models.wtae.ipynb #71ae5bd6
 from dataclasses import replace
 import torch
 from torch import nn
-from .layers import DownBlock, Style, UNet2d, conv_block, few_at_a_time, pad_to, share_out
+from .layers import DownBlock, Style, UNet2d, conv_block, few_at_a_time, joined, pad_to, share_out
 from .ltae import DateWeights, look, textbook, usable
 from .seasonal import SeasonNet, clear_at, plainly, weighted_sum
 
-# %% ../../nbs/44_models.wtae.ipynb #3e2cb464
+# %% ../../nbs/44_models.wtae.ipynb #f2c76d62
 class _LeafThenDraw(SeasonNet): # The way through W-TAE, fast and plain
     def read(self, x): # Frames (N C H W) -> features at full size, and from the cheap branch
         f = self.dates(x)
         return [f, self.branch(f)]
 
     def answer(self, parts, keep):
-        frames = parts[0][0][0] if len(parts) == 1 else torch.cat([p[0][0] for p in parts])
+        frames = joined([p[0][0] for p in parts])
         sizes, n, (h, w) = [len(p[-1]) for p in parts], len(self.branch) + 1, frames.shape[-2:]
-        both = few_at_a_time(self.read, pad_to(frames, 2 ** (n - 1)), self.training)
+        both = few_at_a_time(self.read, pad_to(frames, 2 ** (n - 1)), self.training, not self.training)
         fine, coarse = (share_out(pieces, sizes) for pieces in both)
         weights, sums = [], []
         for f, c, (_, days, clear, _) in zip(fine, coarse, parts):
@@ -30,7 +30,7 @@ class _LeafThenDraw(SeasonNet): # The way through W-TAE, fast and plain
             weights.append(look(self.season, c, days[0], None if clear is None else seen[-1].bool(), pool=False)[1])
             sums.append(weighted_sum(f, weights[-1], seen[0], self.training))
         del both, fine, coarse, f, c  # the largest arrays by far
-        return self.space(torch.stack(sums))[..., :h, :w], weights if keep else []
+        return self.space(joined(sums, torch.stack))[..., :h, :w], weights if keep else []
 
 # %% ../../nbs/44_models.wtae.ipynb #5ee372c5
 class _Plain(_LeafThenDraw): # The same, all at once
