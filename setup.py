@@ -25,7 +25,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], license='Apache-2.0', description=cfg['description'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], keywords=cfg['keywords'],
     packages=find_packages(include=['crop2seg', 'crop2seg.*']), cmdclass={'build_py': build_with_data},
-    install_requires=cfg['requirements'].split(), extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'lut', 'planetary', 'clouds')},
+    install_requires=cfg['requirements'].split(), extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'lut', 'planetary', 'clouds', 'onnx')},
     python_requires='>=' + cfg['min_python'], zip_safe=False,
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
     long_description_content_type='text/markdown',

@@ -8,6 +8,7 @@ from odc.geo.converters import rio_geobox
 from rasterio.enums import Resampling
 from rasterio.warp import reproject
 from scipy.linalg import solveh_banded
+import bench_nets
 from crop2seg.bands import BANDS, reflectance
 from crop2seg.clouds import add_clear
 from crop2seg.cube import load_cube, native_grid, open_cube, save_cube, scenes_of
@@ -231,6 +232,7 @@ def main():
         small = cube.isel(y=slice(0, 96), x=slice(0, 96)).load().assign_attrs(season_year=2019)
         sweep = lambda **kw: lambda: [None for _ in predict_map(small, net, run, **kw)]
         race('map of 96 px: windows of 64 px overlapping by 32 / one window', sweep(window=64, overlap=32), sweep(window=96), rounds=2)
+    bench_nets.main()
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['cost']: cost(sys.argv[2], int(sys.argv[3]))
