@@ -150,13 +150,13 @@ def _json(option, text, example): # A JSON object that an option holds
     return value
 
 def _architecture(args): # Arguments of the network, tried before anything is written
-    from crop2seg.models.zoo import build
+    from crop2seg.models.zoo import build_model
     name = args.model or 'timeunet'
     options = _json('--model-args', args.model_args, '{"widths": [16, 16, 32]}')
     if {'n_classes', 'n_bands'} & set(options):
         raise ValueError(f'--model-args {args.model_args} must be a JSON object without n_classes and '
                          'n_bands, which the data decide')
-    try: build(name, n_classes=2, n_bands=10, **options)
+    try: build_model(name, n_classes=2, n_bands=10, **options)
     except (TypeError, RuntimeError) as e:
         raise ValueError(f'--model-args {args.model_args} do not make a {name} ({e})') from e
     return options

@@ -27,7 +27,7 @@ from .files import load_tensors, save_tensors
 from .legend import Legend
 from .losses import class_weights, make_loss, start_at_prior
 from .metrics import confusion, scores
-from .models.zoo import build
+from .models.zoo import build_model
 from .patches import read_index
 from .recipe import Recipe, choose_device, choose_precision, settle
 from .runs import RUN_FILES, begin, find_run, keep_epoch, read_run, restore_state, resumable
@@ -76,7 +76,9 @@ def make_learner(
     valid = load([] if recipe.valid_fold is None else data((recipe.valid_fold,)))
     torch.manual_seed(recipe.seed)
     counts = train.dataset.index[[f'n_{c}' for c in legend.classes]].sum().to_numpy()
-    model = hold(start_at_prior(build(run['model']['name'], **run['model']['args']), counts), recipe.tune).to(device)
+    model = build_model(run['model']['name'], **run['model']['args'])
+    if not list(model.parameters()): raise ValueError(f'{recipe.model} has no weights to train; models.zoo.fit fits it')
+    model = hold(start_at_prior(model, counts), recipe.tune).to(device)
     cbs = [TrainEvalCallback(), SeedEpoch(recipe.seed), Track(legend), GradientClip(recipe.clip)]
     if first: cbs.append(Still())
     cbs.append(Keep(load_run(find_run(first), device)[0], recipe.keep, legend.void)
@@ -150,7 +152,7 @@ def load_run(
 ) -> tuple[nn.Module, dict]: # Model in eval mode, content of run.json
     "Model and description of a run, from safetensors and JSON only; ValueError when they do not fit each other."
     run = read_run(path)
-    model = build(run['model']['name'], **run['model']['args'])
+    model = build_model(run['model']['name'], **run['model']['args'])
     try: model.load_state_dict(load_tensors(Path(path)/'model.safetensors')[0])
     except RuntimeError as e:
         name, why = run['model']['name'], str(e).splitlines()[-1].strip()

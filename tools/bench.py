@@ -18,7 +18,7 @@ from crop2seg.fetch import fetch, fetched_cube
 from crop2seg.harmonise import ledger
 from crop2seg.legend import read_legend
 from crop2seg.mapping import predict_map
-from crop2seg.models.zoo import build
+from crop2seg.models.zoo import build_model
 from crop2seg.parcels import burn, read_parcels
 from crop2seg.patches import cut, decode, encode, file_of, finish, lay_out, read_patch, row_of, save_patch, write_dataset
 from crop2seg.regular import day_clock, regular
@@ -224,7 +224,7 @@ def main():
         name = CropDataset(folder).index.patch_id[0]
         window = cube.isel(y=slice(0, 64), x=slice(0, 64))
         race('patch of 64 px: numpy memory map / window of the Zarr cube', lambda: np.array(read_patch(folder, name)['series']), lambda: window.reflectance.compute())
-        net = build('timeunet', n_classes=14).eval()
+        net = build_model('timeunet', n_classes=14).eval()
         x, days, pad = torch.randn(1, 30, 10, 64, 64), torch.arange(30)[None] * 12, torch.zeros(1, 30, dtype=torch.bool)
         half = pad.clone(); half[:, 15:] = True
         with torch.inference_mode(): race('Time-Unet, 30 dates: half of them padding / none', lambda: net(x, days, half), lambda: net(x, days, pad))

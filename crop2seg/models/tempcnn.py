@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['STEP', 'FIRST', 'STEPS', 'clock', 'laid', 'filled', 'TempCNN']
 
-# %% ../../nbs/48_models.tempcnn.ipynb #a0fb01b4
+# %% ../../nbs/48_models.tempcnn.ipynb #50df15b4
 from math import log
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from .dates import counted
 
-# %% ../../nbs/48_models.tempcnn.ipynb #711c6884
+# %% ../../nbs/48_models.tempcnn.ipynb #ea5dd609
 STEP, FIRST, STEPS = 10, -30, 47 # days; the last step is centred on 30 September + 400 days, 5 November
 
 def clock() -> Float[Tensor, "D"]: # Centres of the steps, days since 1 September
@@ -28,7 +29,7 @@ def laid(
     "Clear observations on the even clock; 0 where there is none."
     near = (1 - (days[:, None] - clock().to(x)[:, None]).abs()/STEP).clamp(min=0)
     weight = torch.einsum('bdt,bthw->bdhw', near, clear.to(x))
-    total = torch.einsum('bdt,btchw->bdchw', near, x*clear[:, :, None])
+    total = torch.einsum('bdt,btchw->bdchw', near, x.masked_fill(~clear[:, :, None], 0))
     return total/weight.clamp(min=1e-6)[:, :, None], weight
 
 # %% ../../nbs/48_models.tempcnn.ipynb #bcd9ce3a
@@ -51,10 +52,10 @@ def _told(v, weight): # What the network sees of each step: the line, inside or 
     line, inside, far = filled(v, weight > 0)
     return torch.cat([line, torch.stack([inside.to(v), weight.clamp(max=3), far.clamp(max=9)/3], -1)], -1)
 
-# %% ../../nbs/48_models.tempcnn.ipynb #644da4ab
+# %% ../../nbs/48_models.tempcnn.ipynb #69b79ce6
 def _pixels(x, days, pad, clear): # Pixels on the clock (N D C) and their weights (N D)
-    seen = (~pad)[:, :, None, None].expand(*x.shape[:2], *x.shape[3:])
-    if clear is not None: # a pixel never clear takes what there is
+    seen = counted(pad, clear)[:, :, None, None].expand(*x.shape[:2], *x.shape[3:])
+    if clear is not None: # a pixel never clear takes what there is on dates that others saw
         seen = torch.where((seen & clear).any(1, keepdim=True), seen & clear, seen)
     mean, weight = laid(x, days, seen)
     return rearrange(mean, 'b d c h w -> (b h w) d c'), rearrange(weight, 'b d h w -> (b h w) d')
