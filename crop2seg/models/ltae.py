@@ -42,7 +42,7 @@ def clock_code(
     year = torch.where(i % 2 == 0, angle.sin(), angle.cos())
     return year if clock == 'doy' else year + positional(days, d)
 
-# %% ../../nbs/41_models.ltae.ipynb #8f43b4ad
+# %% ../../nbs/41_models.ltae.ipynb #009679a6
 def normalise_dates(
     s:Float[Tensor, "T N C"], # Series of N pixels
     groups:int, # Groups of features; must divide C
@@ -56,7 +56,7 @@ def normalise_dates(
         g = rearrange(z, 'n (g c) -> n g c', g=groups).mean(-1, keepdim=True)
         return g.expand(*g.shape[:2], z.shape[-1] // groups).reshape(z.shape)
     centred = s - mean(s)
-    return centred * (mean(centred.square()) + eps).rsqrt()
+    return centred * (mean(centred * centred) + eps).rsqrt()
 
 # %% ../../nbs/41_models.ltae.ipynb #5fd7e790
 def usable(

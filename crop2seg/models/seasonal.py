@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['weighted_sum', 'clear_at', 'finish', 'plainly', 'SeasonNet']
 
-# %% ../../nbs/41_models.seasonal.ipynb #98f424cc
+# %% ../../nbs/41_models.seasonal.ipynb #586e9e50
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from .dates import counted, put_back, samples
 from .layers import Style, conv_block, head, joined, pad_to
 
-# %% ../../nbs/41_models.seasonal.ipynb #f0bf2d12
+# %% ../../nbs/41_models.seasonal.ipynb #ac31ad80
 def weighted_sum(
     pieces:list, # Features of one sample, some dates (t C H W) each
     a:Float[Tensor, "G T h w"], # Weights, sum to 1 over T; G divides C
@@ -21,20 +22,21 @@ def weighted_sum(
     whole:bool=False, # All dates at once, as gradients need it
 ) -> Float[Tensor, "C H W"]:
     "Sum of the features over dates, each group of features with the weights of its head."
-    size, share = pieces[0].shape[-2:], pieces[0].shape[1] // len(a)
-    a = a.transpose(0, 1).repeat_interleave(share, 1).contiguous(memory_format=torch.channels_last)
-    def weights(t): # of some dates, at full size
+    size, share, a, count = pieces[0].shape[-2:], pieces[0].shape[1] // len(a), a.transpose(0, 1), 0
+    def weights(a, t): # of some dates, at full size
         w = a[t] if a.shape[-2:] == size else F.interpolate(a[t], size, mode='bilinear')
         return w if clear is None else w * clear[t, None].clamp(min=1e-6)
-    if whole: total, count = (joined(pieces) * (w := weights(slice(None)))).sum(0), w.sum(0)
-    else:
-        total, count = None, 0
-        for t, f in enumerate(f for piece in pieces for f in piece.split(1)):
-            w = weights(slice(t, t + 1))
-            total = f * w if t == 0 else total.addcmul_(f.to(w), w)
-            if clear is not None: count = count + w
-        total, count = total[0], None if clear is None else count[0]
-    return total if clear is None else total / count
+    if whole:
+        w = weights(a, slice(None))
+        if clear is not None: w = w / w.sum(0)
+        each = rearrange(joined(pieces), 't (g c) h w -> t h w g c', c=share)
+        return rearrange((each * rearrange(w, 't g h w -> t h w g 1')).sum(0), 'h w g c -> (g c) h w')
+    a = a.repeat_interleave(share, 1).contiguous(memory_format=torch.channels_last)
+    for t, f in enumerate(f for piece in pieces for f in piece.split(1)):
+        w = weights(a, slice(t, t + 1))
+        total = f * w if t == 0 else total.addcmul_(f.to(w), w)
+        if clear is not None: count = count + w
+    return total[0] if clear is None else (total / count)[0]
 
 # %% ../../nbs/41_models.seasonal.ipynb #ac2c12ec
 def clear_at(

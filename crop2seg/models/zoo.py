@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NANO', 'MODELS', 'Entry', 'build_model', 'fit', 'predict', 'models', 'season', 'gmac', 'sight', 'memory', 'measure']
 
-# %% ../../nbs/49_models.zoo.ipynb #34cd186c
+# %% ../../nbs/49_models.zoo.ipynb #afe94a0c
 import inspect, os, subprocess, sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from jaxtyping import Float
+from .exchanger import Exchanger
+from .fpn import FPNConvLSTM
+from .naive import NaiveUNet
 from .pixel import Boosting, Forest
+from .recurrent import ConvGRU, ConvLSTM
 from .series import PixelLTAE
 from .tempcnn import TempCNN
 from .timeunet import TimeUNet
+from .tsvit import TSViT
+from .uconvlstm import UConvLSTM
+from .unet3d import UNet3d
 from .utae import UTAE
 from .wtae import WTAE
 
-# %% ../../nbs/49_models.zoo.ipynb #4d72ef02
+# %% ../../nbs/49_models.zoo.ipynb #8391e6cb
 @dataclass(frozen=True)
 class Entry:
     "A model of the zoo."
@@ -37,6 +44,15 @@ MODELS = {
     'timeunet': Entry(TimeUNet, 'conv block on each date, attention over dates at full resolution, one 2-D U-Net'),
     'timeunet-nano': Entry(TimeUNet, 'timeunet at a seventeenth of the size', NANO),
     'wtae': Entry(WTAE, 'weights of dates from a cheap branch, one weighted sum at full resolution, one 2-D U-Net'),
+    'convlstm': Entry(ConvLSTM, 'a state of each pixel and its neighbours, carried through the season at full resolution'),
+    'convgru': Entry(ConvGRU, 'the same with two gates instead of three'),
+    'biconvlstm': Entry(ConvLSTM, 'convlstm read forwards and backwards', dict(bidirectional=True)),
+    'uconvlstm': Entry(UConvLSTM, 'encode each date, carry a state through the season at the coarsest size, decode once'),
+    'fpn-convlstm': Entry(FPNConvLSTM, 'each date seen at five ranges at once, then a state carried through the season'),
+    'unet3d': Entry(UNet3d, 'a U-Net of cubes: time is a third direction beside rows and columns'),
+    'unet-naive': Entry(NaiveUNet, 'all dates stacked as bands of one picture, one 2-D U-Net'),
+    'tsvit': Entry(TSViT, 'transformer: a token of each class walks through the season, then looks at its neighbourhood'),
+    'exchanger': Entry(Exchanger, 'a few tokens collect from the dates of a pixel, confer and give back; one 2-D U-Net'),
     'tempcnn': Entry(TempCNN, 'each pixel by itself: its season on an even clock, convolutions over time, attention'),
     'pixel-ltae': Entry(PixelLTAE, 'each pixel by itself: attention over its clear dates'),
     'forest': Entry(Forest, 'random forest on monthly medians and season metrics of a pixel', kind='classic'),
