@@ -161,7 +161,7 @@ def _architecture(args): # Arguments of the network, tried before anything is wr
         raise ValueError(f'--model-args {args.model_args} do not make a {name} ({e})') from e
     return options
 
-# %% ../nbs/71_cli.ipynb #04914d3d
+# %% ../nbs/71_cli.ipynb #caeff147
 def _evaluate(args): # Run folder(s) -> scores
     "Score runs on the folds that they have not seen."
     from crop2seg.evaluate import evaluate, evaluation_text
@@ -182,7 +182,23 @@ def _app(args): # Bundle -> dashboard
     subprocess.run([sys.executable, '-m', 'panel', 'serve', str(page), '--port', str(args.port), *show],
                    env=os.environ | bundle, check=True)
 
-# %% ../nbs/71_cli.ipynb #4a8a997b
+# %% ../nbs/71_cli.ipynb #f98f92dd
+def _models(args): # -> tables of architectures and of trained models
+    "List the models that can be trained, what they cost, and the trained ones that are here."
+    from crop2seg.legend import data_dir
+    from crop2seg.models.zoo import models
+    from crop2seg.runs import read_run
+    table = pd.DataFrame(models())[['name', 'about']]
+    costs = pd.read_csv(data_dir()/'results'/'models.csv', dtype=str, keep_default_na=False).drop(columns='kind')
+    table['about'] = table.about.str.ljust(table.about.str.len().max())
+    print(costs.merge(table, on='name').to_string(index=False, justify='left'))
+    print('gmac and memory_mb: 30 dates of 128 x 128 pixels; sight: pixels across that can change the answer for their middle')
+    for path in sorted(p.parent for kind in ('models', 'runs') for p in (data_dir()/kind).glob('*/run.json')):
+        try: run = read_run(path)
+        except (OSError, ValueError): continue # a bundle, or damaged: the verb that needs it says so
+        print(f"trained: {path} ({run['model']['name']}, {run['model']['args']['n_classes']} classes)")
+
+# %% ../nbs/71_cli.ipynb #693379bf
 class _Help(argparse.ArgumentDefaultsHelpFormatter): # Names a default where there is one
     def _get_help_string(self, action): return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
@@ -191,7 +207,7 @@ def parser() -> argparse.ArgumentParser: # Of the whole command
     top = argparse.ArgumentParser('crop2seg', description='Crop maps from Sentinel-2 time series.')
     top.add_argument('--version', action='version', version=f'crop2seg {__version__}')
     verbs = top.add_subparsers(dest='verb', required=True, metavar='VERB')
-    does = dict(simulate=_simulate, scenes=_scenes, cube=_cube, regular=_regular, profiles=_profiles, dataset=_dataset, train=_train, evaluate=_evaluate, map=_map, app=_app)
+    does = dict(simulate=_simulate, scenes=_scenes, cube=_cube, regular=_regular, profiles=_profiles, dataset=_dataset, train=_train, evaluate=_evaluate, map=_map, models=_models, app=_app)
     for name, run in does.items():
         verb = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, formatter_class=_Help)
         verb.set_defaults(do=run)

@@ -173,13 +173,13 @@ def _profiles_options(add):
     add('--regions', help='vector file of regions to part the profiles by'); add('--region-column', help='column with their names')
     for when in ('until', 'from', 'month'): add(f'--{when}', dest=f'view_{when}', metavar='YYYY-MM', help=f'only the series {dict(until="until the end of", month="in")[when] if when != "from" else "from the beginning of"} this month')
 
-# %% ../nbs/70_options.ipynb #8a8ecaf5
+# %% ../nbs/70_options.ipynb #6169a233
 def _fold(text): return text if text in ('all', 'none') else int(text) # A fold of train
 _fold.__name__ = 'fold (a number, all or none)' # as argparse names it in its message
 
 def _train_options(add):
     add('--data', required=True, help='folder of patches'); _out(add, 'run folder, or folder of one run a fold')
-    add('--model', help='architecture (default: timeunet)'); add('--model-args', default='{}', help='JSON of its arguments')
+    add('--model', help='architecture, a name that crop2seg models lists (default: timeunet)'); add('--model-args', default='{}', help='JSON of its arguments')
     add('--from', dest='start_from', metavar='MODEL', help='trained model to tune on the few parcels of --data: run folder or bundled name, such as default')
     usual = lambda name, a, b: f'{name} (default: {a}; with --from {b})' # the defaults that differ
     add('--fold', type=_fold, help=usual('fold held out: a number, all (each in turn) or none', 'all', 'none')); add('--epochs', type=_number(int, 1), help='passes (default: 30)')
@@ -205,6 +205,6 @@ def _app_options(add):
     add('bundle', nargs='?', help='folder written by crop2seg map'); add('--port', type=_number(int, 0, 65_535), default=5006, help='of the server')
     add('--no-browser', action='store_true', help='do not open a browser')
 
-# %% ../nbs/70_options.ipynb #dfa90368
+# %% ../nbs/70_options.ipynb #e0ef7ac4
 OPTIONS = dict(simulate=_simulate_options, scenes=_scenes_options, cube=_cube_options, regular=_regular_options, profiles=_profiles_options, dataset=_dataset_options, train=_train_options,
-               evaluate=_evaluate_options, map=_map_options, app=_app_options) # verb -> what adds its options
+               evaluate=_evaluate_options, map=_map_options, models=lambda add: None, app=_app_options) # verb -> what adds its options
