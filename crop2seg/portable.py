@@ -93,7 +93,7 @@ class Graph(nn.Module):
         out = _WAYS[type(self.net)](self.net, x[0], days[0], None if clear is None else clear.float())
         return self.net.head(out)[..., :h, :w]
 
-# %% ../nbs/61_portable.ipynb #2796957e
+# %% ../nbs/61_portable.ipynb #c89883c2
 def _package(name): # onnx or onnxruntime, or how to get it
     try: return __import__(name)
     except ImportError as e:
@@ -105,6 +105,7 @@ def export_onnx(
 ) -> Path: # The file; T, H and W are free
     "Write a net as an ONNX file, whole or not at all; ValueError for a net without such a form or without the package."
     graph, c = Graph(net), next(m for m in net.dates.modules() if isinstance(m, nn.Conv2d)).in_channels
+    if Path(path).is_dir(): raise ValueError(f'{path} is a folder; name a file in it, such as {Path(path)/"net.onnx"}')
     _package('onnx')
     free = dict(x={1: 'T', 3: 'H', 4: 'W'}, days={1: 'T'}, clear={1: 'T', 2: 'H', 3: 'W'}, logits={2: 'H', 3: 'W'})
     x, days, clear = torch.randn(1, 3, c, 21, 27), torch.tensor([[9, 99, 199]]), torch.rand(1, 3, 21, 27) > .3
@@ -119,7 +120,7 @@ def export_onnx(
         finally: net.train(learns)
     return path
 
-# %% ../nbs/61_portable.ipynb #448c573e
+# %% ../nbs/61_portable.ipynb #b71bfabb
 class OnnxNet(nn.Module):
     "A file of `export_onnx`, called like its net; ValueError for any other file or without the package."
     def __init__(self,
@@ -143,6 +144,7 @@ class OnnxNet(nn.Module):
         if x.shape[2] != self.inputs['x'][2]:
             raise ValueError(f'the file was made for {self.inputs["x"][2]} bands and was given {x.shape[2]}; '
                              'give it its own bands')
+        if days.is_floating_point(): raise ValueError('the file counts whole days; round them, or use the net itself')
         out, uses = [], 'clear' in self.inputs
         for x1, days1, clear1, _ in samples(x, days, pad, clear if uses else None):
             given = dict(x=x1.float(), days=days1.long())

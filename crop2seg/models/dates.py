@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from jaxtyping import Bool, Float, Int
 
-# %% ../../nbs/40_models.dates.ipynb #79ce5a9a
+# %% ../../nbs/40_models.dates.ipynb #27310e74
+def _agree(x, days, pad, clear): # ValueError for arrays that do not belong together
+    b, t, _, *size = x.shape
+    for name, a, shape in (('days', days, (b, t)), ('pad', pad, (b, t)), ('clear', clear, (b, t, *size))):
+        if a is None: continue
+        if tuple(a.shape) != shape: raise ValueError(f'x {tuple(x.shape)} needs {name} {shape} and was given {tuple(a.shape)}; cut them alike')
+        if name != 'days' and a.dtype != torch.bool: raise ValueError(f'{name} is {a.dtype}; give True and False')
+    if not b: raise ValueError('the batch is empty; give at least one sample')
+
 def counted(
     pad:Bool[Tensor, "B T"], # True = padding
     clear:Bool[Tensor, "B T H W"]|None=None, # True = usable observation of the pixel
@@ -23,7 +31,7 @@ def counted(
     seen = ~pad & clear.flatten(2).any(2)
     return seen | (~pad & ~seen.any(1, keepdim=True))
 
-# %% ../../nbs/40_models.dates.ipynb #34f7de6a
+# %% ../../nbs/40_models.dates.ipynb #c70cd927
 def samples(
     x:Float[Tensor, "B T C H W"], # Frames
     days:Int[Tensor, "B T"], # Days of the frames
@@ -31,7 +39,8 @@ def samples(
     clear:Bool[Tensor, "B T H W"]|None=None, # True = usable observation of the pixel
     ordered:bool=False, # Sort the dates by their days
 ) -> Iterator[tuple]: # x (1 t C H W), days (1 t), clear (1 t H W) or None, and the places of the t dates in T
-    "Each sample by itself, on the dates that count."
+    "Each sample by itself, on the dates that count; ValueError for arrays that do not belong together."
+    _agree(x, days, pad, clear)
     for b, use in enumerate(counted(pad, clear)):
         keep = use.nonzero()[:, 0]
         if ordered: keep = keep[days[b, keep].argsort(stable=True)]
@@ -50,14 +59,15 @@ def put_back(
     for b, (a, keep) in enumerate(zip(weights, places)): out[:, b, keep] = a
     return out
 
-# %% ../../nbs/40_models.dates.ipynb #a0aadb21
+# %% ../../nbs/40_models.dates.ipynb #aaaf3ea5
 def line_up(
     x:Float[Tensor, "B T C H W"], # Frames
     days:Int[Tensor, "B T"], # Days of the frames
     pad:Bool[Tensor, "B T"], # True = padding
     clear:Bool[Tensor, "B T H W"]|None=None, # True = usable observation of the pixel
 ) -> tuple: # x, days, pad and clear with at most T dates; the frames of padding are zero
-    "Dates that count first, in the order of their days, then padding."
+    "Dates that count first, in the order of their days, then padding; ValueError for arrays that do not belong together."
+    _agree(x, days, pad, clear)
     use = counted(pad, clear)
     order = torch.where(use, days, torch.iinfo(days.dtype).max).argsort(dim=1, stable=True)[:, :int(use.sum(1).max())]
     def move(z):

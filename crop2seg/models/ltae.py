@@ -100,7 +100,7 @@ def pool_values(
     o = torch.einsum('ngqc,gdc->nqgd', pooled, rearrange(weight, '(g d) c -> g d c', g=g))
     return (o + torch.einsum('tngq,tgd->nqgd', a, rearrange(base, 't (g d) -> t g d', g=g))).flatten(1)
 
-# %% ../../nbs/41_models.ltae.ipynb #2632ed72
+# %% ../../nbs/41_models.ltae.ipynb #35d9b4bd
 class DateWeights(nn.Module):
     "The learned part of attention over dates; ValueError if `n_head` does not divide `c_in` and `d_model`."
     def __init__(self,
@@ -116,6 +116,7 @@ class DateWeights(nn.Module):
         super().__init__()
         if c_in % n_head or d_model % n_head:
             raise ValueError(f"n_head {n_head} must divide c_in {c_in} and d_model {d_model}")
+        if queries < 1: raise ValueError(f'queries is {queries}; each head asks at least one question')
         clock_code(torch.zeros(1, 1), 1, clock)
         self.clock, self.share, self.drop = clock, d_model // n_head, nn.Dropout(dropout)
         self.gain, self.shift = nn.Parameter(torch.ones(c_in)), nn.Parameter(torch.zeros(c_in))

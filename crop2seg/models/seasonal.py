@@ -79,7 +79,7 @@ def plainly(
     features, weights = net.plain_answer(x, days, pad, clear)
     return finish(net, features, weights if return_attention else None, return_boundary)
 
-# %% ../../nbs/41_models.seasonal.ipynb #8f68615e
+# %% ../../nbs/41_models.seasonal.ipynb #2b62b5f2
 class SeasonNet(nn.Module):
     "A net that weighs dates; subclasses give `answer` and `plain_answer`: features (B D H W) and weights."
     def __init__(self,
@@ -99,6 +99,8 @@ class SeasonNet(nn.Module):
                 clear:Bool[Tensor, "B T H W"]|None=None, return_attention:bool=False, return_boundary:bool=False):
         "Logits (B K H W), weights (G B T h w) and boundary logits (B 2 H W) if asked for; ValueError without a valid date."
         parts = list(samples(x, days, pad, clear if self.use_clear else None))
+        if self.ancestor and min(x.shape[-2:]) < 9:
+            raise ValueError('published nets mirror their edges and need more than 8 pixels a side; give a larger window')
         if self.ancestor: return plainly(self, x, days, pad, clear, return_attention, return_boundary)
         groups = [parts] if self.training else [[part] for part in parts]
         features, weights = zip(*[self.answer(group, return_attention) for group in groups])

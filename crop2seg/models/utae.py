@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['shared_weights', 'UTAE', 'our_names', 'load_utae_paps']
 
-# %% ../../nbs/42_models.utae.ipynb #78e00d1b
-import re
+# %% ../../nbs/42_models.utae.ipynb #3b93c263
+import re, zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -125,7 +124,7 @@ def our_names(
         out[name] = value
     return out
 
-# %% ../../nbs/42_models.utae.ipynb #3bb62d01
+# %% ../../nbs/42_models.utae.ipynb #56909f75
 def _empty(ours): # A net of the sizes that the arrays have
     n, size = 1 + max(int(k.split('.')[1]) for k in ours if k.startswith('down.')), lambda k, i=0: ours[k].shape[i]
     widths = [size('dates.1.0.weight'), *(size(f'down.{i}.first.0.weight') for i in range(n))]
@@ -137,13 +136,19 @@ def load_utae_paps(
     path:str|Path, # model.pth.tar as published: a dict with `state_dict`
 ) -> UTAE: # In eval mode, called as every net
     "U-TAE with published weights, which answers as its ancestor; ValueError for a file that holds anything else."
-    try: held = torch.load(path, map_location='cpu', weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as e:
+    try:
+        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()): raise ValueError(f'{bad} is damaged')
+        held = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError: raise
+    except Exception as e: # whatever a file of other kinds makes the reader say
         raise ValueError(f'{path} holds more than arrays or is damaged, and was not opened; '
                          'download model.pth.tar of utae-paps again') from e
     state = held.get('state_dict', held) if isinstance(held, dict) else None
     try:
+        if any(v.numel() * v.element_size() > v.untyped_storage().nbytes() for v in state.values()): raise ValueError('larger than the file')
+        if not all((v if v.is_floating_point() else v.double()).isfinite().all() for v in state.values()): raise ValueError('not finite')
         ours = our_names(state)
+        if len(ours) != sum(not k.endswith('fc1_k.bias') for k in state): raise ValueError('two arrays of one name')
         net = _empty(ours)
         net.load_state_dict(ours)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:

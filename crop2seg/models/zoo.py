@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NANO', 'MODELS', 'Entry', 'build_model', 'fit', 'predict', 'models', 'season', 'gmac', 'sight', 'memory', 'measure']
 
-# %% ../../nbs/49_models.zoo.ipynb #afe94a0c
+# %% ../../nbs/49_models.zoo.ipynb #a637f84f
 import inspect, os, subprocess, sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from itertools import chain, islice, repeat
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from jaxtyping import Float
 from .exchanger import Exchanger
@@ -111,7 +112,7 @@ def predict(
     try: return model.eval()(*inputs).float().softmax(1).cpu()
     finally: model.train(learning)
 
-# %% ../../nbs/49_models.zoo.ipynb #59b8d773
+# %% ../../nbs/49_models.zoo.ipynb #95fcb0ee
 def models(
     n_classes:int=15, # K the parameters are counted for
 ) -> list[dict]: # name, kind, parameters (None: grown from data), about
@@ -131,7 +132,7 @@ def gmac(
     size:int=128, # Edge of the image, px; a multiple of 32
 ) -> float: # Thousand millions of multiplications with addition
     "Arithmetic of one forward pass, counted on 32 x 32 pixels and scaled."
-    with torch.no_grad(), FlopCounterMode(display=False) as count: model.eval()(*season(t))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: model.eval()(*season(t))
     return count.get_total_flops() / 2e9 * (size / 32)**2
 
 # %% ../../nbs/49_models.zoo.ipynb #6d722e3a
