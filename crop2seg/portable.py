@@ -120,7 +120,7 @@ def export_onnx(
         finally: net.train(learns)
     return path
 
-# %% ../nbs/61_portable.ipynb #b71bfabb
+# %% ../nbs/61_portable.ipynb #8dda07ea
 class OnnxNet(nn.Module):
     "A file of `export_onnx`, called like its net; ValueError for any other file or without the package."
     def __init__(self,
@@ -142,8 +142,7 @@ class OnnxNet(nn.Module):
                 clear:Bool[Tensor, "B T H W"]|None=None) -> Float[Tensor, "B K H W"]:
         "Logits; ValueError for other bands than the net learned, or a sample without a valid date."
         if x.shape[2] != self.inputs['x'][2]:
-            raise ValueError(f'the file was made for {self.inputs["x"][2]} bands and was given {x.shape[2]}; '
-                             'give it its own bands')
+            raise ValueError(f'the file was made for {self.inputs["x"][2]} bands, not {x.shape[2]}; give it its own')
         if days.is_floating_point(): raise ValueError('the file counts whole days; round them, or use the net itself')
         out, uses = [], 'clear' in self.inputs
         for x1, days1, clear1, _ in samples(x, days, pad, clear if uses else None):
