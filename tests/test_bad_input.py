@@ -80,7 +80,7 @@ TABLE = [
     ('train --data {h}/patches --fold 9', 'fold 9'),
     ('train --data {h}/patches --model-args {{', 'JSON'),
     ('train --data {h}/patches --model-args 5', 'must be a JSON object'),
-    ('train --data {h}/patches --model-args {{"widths":"abc"}}', 'do not make a timeunet'),
+    ('train --data {h}/patches --model-args {{"widths":"abc"}}', 'timeunet cannot be built'),
     ('train --data {h}/patches --model tempcnn --model-args {{"withhold":[[0,10]]}}', 'band 10 cannot be withheld'),
     ('train --data {h}/patches --model tempcnn --model-args {{"withhold":[0,9]}}', 'give groups of band numbers'),
     ('train --data {h}/patches --model tempcnn --model-args {{"withhold":[["0"]]}}', 'give groups of band numbers'),
