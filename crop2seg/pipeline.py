@@ -177,7 +177,7 @@ def describe(
                 legend=run['legend'], crs=cube.rio.crs.to_string(), transform=list(cube.rio.transform())[:6], mapped_pixels=total,
                 cube=str(Path(source).absolute()) if Path(source).suffix == '.zarr' else 'cube.zarr', note='Areas are counts of pixels, without an interval.')
 
-# %% ../nbs/70_pipeline.ipynb #45557681
+# %% ../nbs/70_pipeline.ipynb #575a4a61
 def map_crops(
     source:str|Path, # A saved cube, or any source
     out:str|Path, # Folder of the bundle
@@ -202,8 +202,8 @@ def map_crops(
         kept = _kept(out, request, overwrite)
         check_fit(cube := take(source, kept, place, season, bands=_ask(source, run, place, season, log, reading), log=log, **reading), run)
         with whole(out) as part:
-            part.mkdir(); counts, total = paint(cube, quicker(net, cube, run, log, **kwargs), run, part, place, **kwargs)
-            _describe(part, cube, run, counts, describe(cube, run, dict(folder=folder.name, **run['model']), request, total))
+            part.mkdir(); counts, total = paint(cube, form := quicker(net, cube, run, log, **kwargs), run, part, place, **kwargs)
+            _describe(part, cube, run, counts, describe(cube, run, dict(folder=folder.name, form='torch' if form is net else 'onnx', **run['model']), request, total))
             if parcels: log(count_votes(part, outlines, Legend.from_dict(run['legend'])))
             _keep_inputs(source, kept, part)
     log(f'crop map in {out}: {largest(pd.read_csv(out/"areas.csv"))}')

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Ask', 'Round', 'Exchanger']
 
-# %% ../../nbs/47_models.exchanger.ipynb #5dada35c
+# %% ../../nbs/47_models.exchanger.ipynb #e2e1726d
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from .dates import counted, put_back, samples
+from .dates import counted
 from .layers import UNet2d, head
 from .ltae import positional, usable
+from .seasonal import TokenNet
 
 # %% ../../nbs/47_models.exchanger.ipynb #e852f687
 class Ask(nn.Module):
@@ -72,8 +72,8 @@ class Round(nn.Module):
         flat = rearrange(self.norm(s), 'b h w m d -> b (m d) h w')
         return s + self.mix(rearrange(F.gelu(self.around(flat)), 'b (m d) h w -> b h w m d', d=s.shape[-1]))
 
-# %% ../../nbs/47_models.exchanger.ipynb #c05c496e
-class _Rounds(nn.Module): # The way through an Exchanger; its parts come from the class below
+# %% ../../nbs/47_models.exchanger.ipynb #2f6021ad
+class _Rounds(TokenNet): # The way through an Exchanger; its parts come from the class below
     def some(self, v, code, pad, clear, keep, *told): # The next round of some pixels (N T C): tokens, weights
         use = usable(pad, None if clear is None else clear[..., None]).squeeze(1)
         f = self.enter(v.masked_fill(~use[..., None], 0)) + code
@@ -83,15 +83,7 @@ class _Rounds(nn.Module): # The way through an Exchanger; its parts come from th
         s, a = turn.collect(asking, f, None if use.all() else use, keep)
         return turn.update(s), a
 
-    def run(self, *args): # With or without memory of what is inside
-        if not (self.training and self.recompute): return self.some(*args)
-        return checkpoint(self.some, *args, use_reentrant=False)
-
-    def pieces(self, n, each): # So many of n pixels, with `each` dates, as can be held at a time; in training all
-        step = n if self.training and not self.recompute else max(1, self.held // each)
-        return [slice(i, i + step) for i in range(0, n, step)]
-
-# %% ../../nbs/47_models.exchanger.ipynb #2cf7e84a
+# %% ../../nbs/47_models.exchanger.ipynb #92dd5b3e
 class _Whole(_Rounds): # The way of whole samples
     def together(self, x, days, pad, clear=None, keep=False): # All at once: logits (B K H W), weights (M B T H W)
         pad, shape = ~counted(pad, clear), (len(x), *x.shape[-2:])
@@ -104,28 +96,16 @@ class _Whole(_Rounds): # The way of whole samples
             done = []
             for i in self.pieces(len(v), pad.shape[1]):
                 here, old = None if seen is None else seen[i], [s[i] for s in told]
-                done.append(self.run(v[i], code[owner[i]], pad[owner[i]], here, keep, *old))
+                done.append(self.run(self.some, v[i], code[owner[i]], pad[owner[i]], here, keep, *old))
             s, a = zip(*done)
             told.append(turn.neighbours(torch.cat(s).unflatten(0, shape)).flatten(0, 2))
             if keep: weights = weights + torch.cat(a) / len(self.rounds)
         logits = self.head(self.space(self.join(rearrange(told[-1].unflatten(0, shape), 'b h w m d -> b (m d) h w'))))
         return logits, rearrange(weights.unflatten(0, shape), 'b h w m t -> m b t h w') if keep else None
 
-    def forward(self, x:Float[Tensor, "B T C H W"], days:Int[Tensor, "B T"], pad:Bool[Tensor, "B T"],
-                clear:Bool[Tensor, "B T H W"]|None=None, return_attention:bool=False):
-        "Logits (B K H W), if asked for what tokens collect from dates (M B T H W); ValueError without a valid date."
-        clear, keep = clear if self.use_clear else None, return_attention
-        if self.training:
-            both = self.together(x, days, pad, clear, keep)
-            return both if keep else both[0]
-        parts = list(samples(x, days, pad, clear))
-        logits, weights = zip(*[self.together(x, days, days != days, clear, keep) for x, days, clear, _ in parts])
-        logits = torch.cat(logits)
-        return (logits, put_back([w[:, 0] for w in weights], [p[-1] for p in parts], x.shape[1])) if keep else logits
-
-# %% ../../nbs/47_models.exchanger.ipynb #169303ad
+# %% ../../nbs/47_models.exchanger.ipynb #658a5e01
 class Exchanger(_Whole):
-    "Token bottleneck over dates, then a 2-D U-Net; ValueError for odd `n_rounds` or `n_head`."
+    "Token bottleneck over dates, then a 2-D U-Net; weights (M B T H W); ValueError for odd `n_rounds` or `n_head`."
     def __init__(self,
         n_classes:int, # K
         n_bands:int=10, # C
@@ -140,10 +120,9 @@ class Exchanger(_Whole):
         use_clear:bool=True, # Collect from clear dates only, where `clear` is given
         recompute:bool=False, # Train with less memory and more time
     ):
-        super().__init__()
+        super().__init__(16384, use_clear, recompute)
         if n_rounds < 1: raise ValueError(f"n_rounds is {n_rounds}; the tokens must collect at least once")
-        self.width, self.use_clear, self.recompute, self.held = width, use_clear, recompute, 16384
-        self.enter, self.code = nn.Linear(n_bands, width), nn.Linear(width, width)
+        self.width, self.enter, self.code = width, nn.Linear(n_bands, width), nn.Linear(width, width)
         self.tokens = nn.Parameter(torch.randn(n_tokens, width))
         self.rounds = nn.ModuleList(Round(width, n_tokens, n_head, dropout, i == n_rounds - 1) for i in range(n_rounds))
         self.join = nn.Sequential(nn.Conv2d(n_tokens * width, widths[0], 1, bias=False), nn.BatchNorm2d(widths[0]),

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Layer', 'through_season', 'squares', 'step_scores', 'Near', 'clean_patches', 'Patchwise', 'TSViT']
 
-# %% ../../nbs/47_models.tsvit.ipynb #57efb3a3
+# %% ../../nbs/47_models.tsvit.ipynb #d7208000
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from .dates import counted, put_back, samples
+from .dates import counted
 from .layers import pad_to
 from .ltae import positional, usable
+from .seasonal import TokenNet
 
 # %% ../../nbs/47_models.tsvit.ipynb #687735a0
 class Layer(nn.Module):
@@ -136,8 +136,8 @@ class Patchwise(nn.Module):
         logits = self.pixels(self.norm(z)) + self.bias[:, None]
         return rearrange(logits, 'b h w k (p q) -> b k (h p) (w q)', p=self.patch)
 
-# %% ../../nbs/47_models.tsvit.ipynb #8dacc018
-class _Ways(nn.Module): # The ways through TSViT; its layers come from the class below
+# %% ../../nbs/47_models.tsvit.ipynb #4458f2dc
+class _Ways(TokenNet): # The ways through TSViT; its layers come from the class below
     def some(self, v, code, pad, clear, keep): # Patches through the season: class tokens and weights
         v, use = clean_patches(v, pad, clear)
         z = torch.cat([self.classes.expand(len(v), -1, -1), self.enter(v.flatten(2)) + code], 1)
@@ -147,14 +147,7 @@ class _Ways(nn.Module): # The ways through TSViT; its layers come from the class
         for layer in self.around: z = layer(z)
         return z
 
-    def run(self, f, *args): # With or without memory of what is inside
-        return checkpoint(f, *args, use_reentrant=False) if self.training and self.recompute else f(*args)
-
-    def pieces(self, n, each): # So many of n, of `each` tokens, as can be held at a time; in training all
-        step = n if self.training and not self.recompute else max(1, self.held // each)
-        return [slice(i, i + step) for i in range(0, n, step)]
-
-# %% ../../nbs/47_models.tsvit.ipynb #805c3dc3
+# %% ../../nbs/47_models.tsvit.ipynb #dc23e6b9
 class _Whole(_Ways): # The way of whole samples
     def together(self, x, days, pad, clear=None, keep=False): # All at once: logits (B K H W), weights (K B T h w)
         pad, p, size, k = ~counted(pad, clear), self.patch, x.shape[-2:], len(self.classes)
@@ -173,21 +166,9 @@ class _Whole(_Ways): # The way of whole samples
         logits = self.head(rearrange(z, '(b k) h w d -> b h w k d', k=k))[..., :size[0], :size[1]]
         return logits, rearrange(torch.cat(a), '(b h w) k t -> k b t h w', h=h, w=w) if keep else None
 
-    def forward(self, x:Float[Tensor, "B T C H W"], days:Int[Tensor, "B T"], pad:Bool[Tensor, "B T"],
-                clear:Bool[Tensor, "B T H W"]|None=None, return_attention:bool=False):
-        "Logits (B K H W) and, if asked for, weights of patches (K B T h w); ValueError without a valid date."
-        clear, keep = clear if self.use_clear else None, return_attention
-        if self.training:
-            both = self.together(x, days, pad, clear, keep)
-            return both if keep else both[0]
-        parts = list(samples(x, days, pad, clear))
-        logits, weights = zip(*[self.together(x, days, days != days, clear, keep) for x, days, clear, _ in parts])
-        logits = torch.cat(logits)
-        return (logits, put_back([w[:, 0] for w in weights], [p[-1] for p in parts], x.shape[1])) if keep else logits
-
-# %% ../../nbs/47_models.tsvit.ipynb #ca3ffa9d
+# %% ../../nbs/47_models.tsvit.ipynb #da9b0770
 class TSViT(_Whole):
-    "Class tokens through the season of each patch, then round it; ValueError for odd `depth` or `n_head`."
+    "Class tokens through the season of each patch, then round it; weights (K B T h w); ValueError for odd `depth` or `n_head`."
     def __init__(self,
         n_classes:int, # K
         n_bands:int=10, # C
@@ -201,9 +182,9 @@ class TSViT(_Whole):
         use_clear:bool=True, # Look at clear dates only, where `clear` is given
         recompute:bool=True, # Train with a tenth of the memory, for up to a third more work
     ):
-        super().__init__()
+        super().__init__(8192, use_clear, recompute)
         if len(depth) != 2 or depth[0] < 1: raise ValueError(f"depth is {depth}; give two numbers, the first from 1")
-        self.width, self.patch, self.use_clear, self.recompute, self.held = width, patch, use_clear, recompute, 8192
+        self.width, self.patch = width, patch
         self.enter, self.code = nn.Linear(n_bands * patch**2, width), nn.Linear(width, width)
         self.classes = nn.Parameter(torch.randn(n_classes, width))
         self.season = nn.ModuleList(Layer(width, n_head, dropout) for _ in range(depth[0]))

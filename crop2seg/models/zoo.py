@@ -60,7 +60,7 @@ MODELS = {
     'boosting': Entry(Boosting, 'gradient boosting on monthly medians and season metrics of a pixel', kind='classic'),
 }
 
-# %% ../../nbs/49_models.zoo.ipynb #090a5a0e
+# %% ../../nbs/49_models.zoo.ipynb #de92dbb0
 def build_model(
     name:str, # A name of `MODELS`
     n_bands:int=10, # C
@@ -71,11 +71,16 @@ def build_model(
     if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"model {name!r} does not exist; choose from {', '.join(MODELS)}")
     entry = MODELS[name]
-    known = list(inspect.signature(entry.cls).parameters)
+    known = inspect.signature(entry.cls).parameters
     if unknown := [a for a in kw if a not in known]:
         raise ValueError(f"{name} takes no argument {', '.join(unknown)}; it knows {', '.join(known)}")
-    for what, n, least in (('n_bands', n_bands, 1), ('n_classes', n_classes, 2)):
-        if type(n) is not int or n < least: raise ValueError(f"{what} is {n!r}; give a whole number from {least}")
+    for what, value in dict(kw, n_bands=n_bands, n_classes=n_classes).items():
+        kind, least = known[what].annotation, dict(n_classes=2, seed=0, reach=0, n_jobs=-1).get(what, 1)
+        if kind is bool and type(value) is not bool: raise ValueError(f"{what} is {value!r}; give True or False")
+        if kind is int and (type(value) is not int or value < least):
+            raise ValueError(f"{what} is {value!r}; give a whole number from {least}")
+        if what in ('widths', 'decoder') and isinstance(value, (list, tuple)) and [w for w in value if type(w) is not int or w < 1]:
+            raise ValueError(f"{what} is {value!r}; give whole numbers from 1")
     try: return entry.cls(n_classes, n_bands, **{**entry.args, **kw})
     except ValueError: raise
     except Exception as e:
