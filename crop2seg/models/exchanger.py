@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Ask', 'Round', 'Exchanger']
 
-# %% ../../nbs/47_models.exchanger.ipynb #e2e1726d
+# %% ../../nbs/47_models.exchanger.ipynb #5f5f04b5
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from .clocks import positional
 from .dates import counted
 from .layers import UNet2d, head
-from .ltae import positional, usable
+from .ltae import usable
 from .seasonal import TokenNet
 
 # %% ../../nbs/47_models.exchanger.ipynb #e852f687

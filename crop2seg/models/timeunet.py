@@ -11,7 +11,7 @@ from .layers import Style, UNet2d, conv_block, few_at_a_time, joined, share_out
 from .ltae import LTAE, look, textbook, usable
 from .seasonal import SeasonNet, plainly
 
-# %% ../../nbs/43_models.timeunet.ipynb #3d12facf
+# %% ../../nbs/43_models.timeunet.ipynb #c32ed4b9
 class _LookThenOutline(SeasonNet): # The way through Time-Unet, fast and plain
     def seasons(self, parts, rows, keep): # Answers and weights of each sample in some rows
         first = max(0, rows.start - 2)
@@ -22,13 +22,15 @@ class _LookThenOutline(SeasonNet): # The way through Time-Unet, fast and plain
                      for one, (_, days, clear, _) in zip(share_out(f, [len(p[-1]) for p in parts]), parts)])
 
     def answer(self, parts, keep):
-        height = parts[0][0].shape[-2]
-        step = 64 if self.local and not self.training else height
-        strips = [self.seasons(parts, slice(i, i + step), keep) for i in range(0, height, step)]
-        answers, weights = zip(*strips)
-        answers = [torch.cat(rows, 1) for rows in zip(*answers)]
+        t, height, width = (parts[0][0].shape[i] for i in (1, -2, -1))
+        step = max(64, self.held // (t * width)) if self.local and not self.training else height
+        strips = []
+        for i in range(0, height, step):
+            answers, weights = self.seasons(parts, slice(i, i + step), keep)
+            strips.append((self.season.out(joined(answers, torch.stack)), weights))
+        season, weights = zip(*strips)
         weights = [torch.cat(rows, 2) for rows in zip(*weights)] if keep else []
-        return self.space(self.season.out(joined(answers, torch.stack))), weights
+        return self.space(torch.cat(season, 2)), weights
 
     def plain_answer(self, x, days, pad, clear):
         f = self.dates(x.flatten(0, 1)).unflatten(0, pad.shape) * (~pad)[..., None, None, None]
@@ -36,7 +38,7 @@ class _LookThenOutline(SeasonNet): # The way through Time-Unet, fast and plain
         answers, weights = textbook(self.season, f, days, use, self.ancestor)
         return self.space(self.season.out(answers)), weights
 
-# %% ../../nbs/43_models.timeunet.ipynb #4d064e66
+# %% ../../nbs/43_models.timeunet.ipynb #952e243a
 class TimeUNet(_LookThenOutline):
     "Time-Unet: conv block on each date, L-TAE at full resolution, 2-D U-Net, plain head."
     def __init__(self,
@@ -63,4 +65,4 @@ class TimeUNet(_LookThenOutline):
         style, last = Style('group' if compat else norm, conv, squeeze, compat), Style(ancestor=compat)
         self.dates, self.local = conv_block(n_bands, widths[0], widths[0], style=style), style == Style(conv=conv) and conv != 'mbconv'
         self.season = LTAE(widths[0], widths[0], n_head, d_model, d_k, dropout, last, clock, linear, queries)
-        self.space = UNet2d(widths, decoder, style, last)
+        self.space, self.held = UNet2d(widths, decoder, style, last), 2**19 # pixels of all dates

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Layer', 'through_season', 'squares', 'step_scores', 'Near', 'clean_patches', 'Patchwise', 'TSViT']
 
-# %% ../../nbs/47_models.tsvit.ipynb #d7208000
+# %% ../../nbs/47_models.tsvit.ipynb #41144468
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from .clocks import positional
 from .dates import counted
 from .layers import pad_to
-from .ltae import positional, usable
+from .ltae import usable
 from .seasonal import TokenNet
 
 # %% ../../nbs/47_models.tsvit.ipynb #687735a0
