@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['weighted_sum', 'clear_at', 'finish', 'plainly', 'SeasonNet', 'TokenNet']
 
-# %% ../../nbs/41_models.seasonal.ipynb #c0c37926
+# %% ../../nbs/41_models.seasonal.ipynb #768cb332
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from .dates import counted, put_back, samples
+from .dates import counted, put_back, samples, without_holes
 from .layers import Style, conv_block, head, joined, pad_to
 
 # %% ../../nbs/41_models.seasonal.ipynb #ac31ad80
@@ -49,7 +49,7 @@ def clear_at(
     whole = pad_to(clear.float(), 2 ** (n - 1))
     return [F.max_pool2d(whole, 2**i) for i in range(n)]
 
-# %% ../../nbs/41_models.seasonal.ipynb #5cf1c0fb
+# %% ../../nbs/41_models.seasonal.ipynb #a4c31f91
 def finish(
     net:nn.Module, # A SeasonNet
     features:Float[Tensor, "B D H W"], # What its heads look at
@@ -76,7 +76,7 @@ def plainly(
     "The network without haste: all dates of all samples at once, padding masked."
     clear = clear if net.use_clear else None
     if clear is not None: pad = ~counted(pad, clear)
-    x = x.masked_fill(pad[..., None, None, None], 0)
+    x = without_holes(x, clear).masked_fill(pad[..., None, None, None], 0)
     features, weights = net.plain_answer(x, days, pad, clear)
     return finish(net, features, weights if return_attention else None, return_boundary)
 
@@ -108,7 +108,7 @@ class SeasonNet(nn.Module):
         if return_attention: weights = put_back(sum(weights, []), [p[-1] for p in parts], x.shape[1])
         return finish(self, joined(features), weights if return_attention else None, return_boundary)
 
-# %% ../../nbs/41_models.seasonal.ipynb #f42d6539
+# %% ../../nbs/41_models.seasonal.ipynb #6d13ef59
 class TokenNet(nn.Module):
     "A net of tokens; subclasses give `together`: logits (B K H W) and weights (G B T h w), or None."
     def __init__(self,
@@ -130,7 +130,7 @@ class TokenNet(nn.Module):
         "Logits (B K H W) and, if asked for, weights of the dates (G B T h w); ValueError without a valid date."
         clear, keep = clear if self.use_clear else None, return_attention
         if self.training:
-            both = self.together(x, days, pad, clear, keep)
+            both = self.together(without_holes(x, clear), days, pad, clear, keep)
             return both if keep else both[0]
         parts = list(samples(x, days, pad, clear))
         logits, weights = zip(*[self.together(x, days, days != days, clear, keep) for x, days, clear, _ in parts])

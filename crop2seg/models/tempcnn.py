@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['STEP', 'FIRST', 'STEPS', 'clock', 'laid', 'filled', 'TempCNN']
 
-# %% ../../nbs/48_models.tempcnn.ipynb #50df15b4
+# %% ../../nbs/48_models.tempcnn.ipynb #d9528fbc
 from math import log
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from .dates import counted
+from .dates import counted, without_holes
 
 # %% ../../nbs/48_models.tempcnn.ipynb #ea5dd609
 STEP, FIRST, STEPS = 10, -30, 47 # days; the last step is centred on 30 September + 400 days, 5 November
@@ -52,12 +52,12 @@ def _told(v, weight): # What the network sees of each step: the line, inside or 
     line, inside, far = filled(v, weight > 0)
     return torch.cat([line, torch.stack([inside.to(v), weight.clamp(max=3), far.clamp(max=9)/3], -1)], -1)
 
-# %% ../../nbs/48_models.tempcnn.ipynb #69b79ce6
+# %% ../../nbs/48_models.tempcnn.ipynb #f3584c49
 def _pixels(x, days, pad, clear): # Pixels on the clock (N D C) and their weights (N D)
     seen = counted(pad, clear)[:, :, None, None].expand(*x.shape[:2], *x.shape[3:])
     if clear is not None: # a pixel never clear takes what there is on dates that others saw
         seen = torch.where((seen & clear).any(1, keepdim=True), seen & clear, seen)
-    mean, weight = laid(x, days, seen)
+    mean, weight = laid(without_holes(x, clear), days, seen)
     return rearrange(mean, 'b d c h w -> (b h w) d c'), rearrange(weight, 'b d h w -> (b h w) d')
 
 def _bands(withhold, n_bands): # Groups of bands as tuples; ValueError for a band that is none
