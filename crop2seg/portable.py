@@ -152,7 +152,7 @@ class OnnxNet(nn.Module):
             out.append(torch.from_numpy(got[0]))
         return torch.cat(out).to(x.device)
 
-# %% ../nbs/61_portable.ipynb #af551907
+# %% ../nbs/61_portable.ipynb #8c250996
 def fastest(
     net:nn.Module, # In eval mode
     x:Float[Tensor, "B T C H W"], # A window as the map will have them
@@ -163,7 +163,7 @@ def fastest(
 ) -> tuple[nn.Module, dict]: # What to call; seconds of `torch` and `onnx` for the window, or `why` there is no file
     "A net or its ONNX file, whichever needs less time here."
     window, best = (x, days, pad, clear), dict(torch=float('inf'), onnx=float('inf'))
-    if x.device.type != 'cpu': return net, dict(why='the net runs on a graphics card')
+    if any(a.device.type != 'cpu' for a in (x, *net.parameters())): return net, dict(why='the net runs on a graphics card')
     try:
         with tempfile.TemporaryDirectory() as tmp: file = OnnxNet(export_onnx(net, Path(tmp)/'net.onnx'))
     except ValueError as e: return net, dict(why=str(e))

@@ -35,7 +35,7 @@ class Recipe:
     tune:str='all' # Weights that move: 'all' or 'head', the last layer alone
     keep:float=0. # How strongly a tuned model is held to what it said before
 
-# %% ../nbs/38_recipe.ipynb #85aadda1
+# %% ../nbs/38_recipe.ipynb #12331a7f
 def settle(
     recipe:Recipe, # As asked for
     folds:list, # Folds of the data set
@@ -46,14 +46,14 @@ def settle(
     train = tuple(sorted(int(f) for f in (rest if r.train_folds is None else r.train_folds)))
     missing = [f for f in {*train, *([] if r.valid_fold is None else [r.valid_fold])} if f not in folds]
     if missing: raise ValueError(f"fold {missing[0]} is not in the data set, which has folds {folds}")
-    if r.valid_fold in train:
-        raise ValueError(f"fold {r.valid_fold} is trained on and held out; drop it from one of them")
+    if r.valid_fold in train: raise ValueError(f"fold {r.valid_fold} is trained on and held out; drop it from one of them")
     if not train: raise ValueError("no fold is left to train on; hold out fewer folds or make a data set with more")
     if r.select not in ('last', 'best'): raise ValueError(f"select is {r.select!r}; choose 'last' or 'best'")
     if r.select == 'best' and r.valid_fold is None:
         raise ValueError("select='best' needs a validation fold; set valid_fold or select='last'")
     for name in ('epochs', 'batch_size'):
         if getattr(r, name) < 1: raise ValueError(f"{name} is {getattr(r, name)}; it must be at least 1")
+    if (r.model_args or {}).get('clock') == 'thermal': raise ValueError("clock 'thermal' needs degree days and the loader gives days; choose 'days', 'doy' or 'both'")
     if not 0 <= r.temporal_dropout < 1:
         raise ValueError(f"temporal_dropout is {r.temporal_dropout}; give a share from 0 to below 1")
     if r.tune not in ('all', 'head'): raise ValueError(f"tune is {r.tune!r}; choose 'all' or 'head'")

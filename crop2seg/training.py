@@ -58,7 +58,7 @@ class Track(Callback):
                    **{k: overall[k] for k in ('oa', 'miou', 'macro_f1', 'pixels')})
         self.finish(row, per_class.set_index('name').T.to_dict())
 
-# %% ../nbs/52_training.ipynb #f66d621c
+# %% ../nbs/52_training.ipynb #8e35b071
 def make_learner(
     recipe:Recipe, # Settled
     run:dict, # From new_run, or of the interrupted training

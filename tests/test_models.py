@@ -128,6 +128,17 @@ def test_fit_and_predict(name):
     probs = predict(model, batch)
     assert probs.shape == (1, 3, 8, 8) and torch.allclose(probs.sum(1), torch.ones(1, 8, 8), atol=1e-5) and not model.training
 
+@each_net
+def test_arrays_that_do_not_belong_together(name): # never stretched over each other
+    model, one = made(name), series(4, 8)
+    two = tuple(torch.cat([z, z]) for z in one)
+    for learns in (False, True):
+        for i in (1, 2, 3):
+            for wrong in (two[i][:1], two[i][:, :3]):
+                with pytest.raises(ValueError, match='cut them alike'): model.train(learns)(*two[:i], wrong, *two[i + 1:])
+        with pytest.raises(ValueError, match='cut them alike'): model.train(learns)(*two[:3], two[3][..., :1, :1])
+        with pytest.raises(ValueError, match='True and False'): model.train(learns)(*two[:2], two[2].int())
+
 def test_words():
     assert not WIDE
     for args in (dict(name='tempnet'), dict(name=None), dict(name=['utae'])):

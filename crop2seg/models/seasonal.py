@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['weighted_sum', 'clear_at', 'finish', 'plainly', 'SeasonNet', 'TokenNet']
 
-# %% ../../nbs/41_models.seasonal.ipynb #768cb332
+# %% ../../nbs/41_models.seasonal.ipynb #3be0b1cb
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from .dates import counted, put_back, samples, without_holes
+from .dates import agree, counted, put_back, samples, without_holes
 from .layers import Style, conv_block, head, joined, pad_to
 
-# %% ../../nbs/41_models.seasonal.ipynb #ac31ad80
+# %% ../../nbs/41_models.seasonal.ipynb #ac8ea26b
 def weighted_sum(
     pieces:list, # Features of one sample, some dates (t C H W) each
     a:Float[Tensor, "G T h w"], # Weights, sum to 1 over T; G divides C
@@ -24,9 +24,10 @@ def weighted_sum(
 ) -> Float[Tensor, "C H W"]:
     "Sum of the features over dates, each group of features with the weights of its head."
     size, share, a, count = pieces[0].shape[-2:], pieces[0].shape[1] // len(a), a.transpose(0, 1), 0
-    def weights(a, t): # of some dates, at full size
+    if clear is not None: clear = clear + (clear.sum(0) == 0)
+    def weights(a, t): # of some dates, at full size; never 0 where it is clear
         w = a[t] if a.shape[-2:] == size else F.interpolate(a[t], size, mode='bilinear')
-        return w if clear is None else w * clear[t, None].clamp(min=1e-6)
+        return w if clear is None else w.clamp(min=1e-20) * clear[t, None]
     if whole:
         w = weights(a, slice(None))
         if clear is not None: w = w / w.sum(0)
@@ -108,7 +109,7 @@ class SeasonNet(nn.Module):
         if return_attention: weights = put_back(sum(weights, []), [p[-1] for p in parts], x.shape[1])
         return finish(self, joined(features), weights if return_attention else None, return_boundary)
 
-# %% ../../nbs/41_models.seasonal.ipynb #6d13ef59
+# %% ../../nbs/41_models.seasonal.ipynb #d0894c05
 class TokenNet(nn.Module):
     "A net of tokens; subclasses give `together`: logits (B K H W) and weights (G B T h w), or None."
     def __init__(self,
@@ -128,6 +129,7 @@ class TokenNet(nn.Module):
     def forward(self, x:Float[Tensor, "B T C H W"], days:Int[Tensor, "B T"], pad:Bool[Tensor, "B T"],
                 clear:Bool[Tensor, "B T H W"]|None=None, return_attention:bool=False):
         "Logits (B K H W) and, if asked for, weights of the dates (G B T h w); ValueError without a valid date."
+        agree(x, days, pad, clear)
         clear, keep = clear if self.use_clear else None, return_attention
         if self.training:
             both = self.together(without_holes(x, clear), days, pad, clear, keep)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['observations', 'each_seen', 'PixelLTAE', 'read_series', 'read_in_blocks']
 
-# %% ../../nbs/48_models.series.ipynb #22b404b1
+# %% ../../nbs/48_models.series.ipynb #fad896e1
 import torch
 from torch import Tensor, nn
 from jaxtyping import Bool, Float, Int
-from .dates import counted, samples, without_holes
+from .dates import agree, counted, samples, without_holes
 from .ltae import LTAE
 
 # %% ../../nbs/48_models.series.ipynb #6431f4e6
@@ -33,7 +33,7 @@ def each_seen(
     rows = net(x.movedim(2, -1)[use])
     return rows.new_zeros(*use.shape, rows.shape[-1]).masked_scatter(use[..., None], rows).movedim(-1, 2)
 
-# %% ../../nbs/48_models.series.ipynb #84a7db2a
+# %% ../../nbs/48_models.series.ipynb #ef71ce43
 class PixelLTAE(nn.Module):
     "Each pixel by attention over its dates: x (B T C H W), days, pad (B T), clear (B T H W) -> logits (B K H W)."
     def __init__(self,
@@ -59,6 +59,7 @@ class PixelLTAE(nn.Module):
 
     def forward(self, x:Float[Tensor, "B T C H W"], days:Int[Tensor, "B T"], pad:Bool[Tensor, "B T"],
                 clear:Bool[Tensor, "B T H W"]|None=None) -> Float[Tensor, "B K H W"]:
+        agree(x, days, pad, clear)
         read, use = read_series if self.training else read_in_blocks, observations(pad, clear, x.shape[-2:])
         return read(self, without_holes(x, clear), days, use)
 

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['STEP', 'FIRST', 'STEPS', 'clock', 'laid', 'filled', 'TempCNN']
 
-# %% ../../nbs/48_models.tempcnn.ipynb #d9528fbc
+# %% ../../nbs/48_models.tempcnn.ipynb #1f4b67c7
 from math import log
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from .dates import counted, without_holes
+from .dates import agree, counted, without_holes
 
-# %% ../../nbs/48_models.tempcnn.ipynb #ea5dd609
-STEP, FIRST, STEPS = 10, -30, 47 # days; the last step is centred on 30 September + 400 days, 5 November
+# %% ../../nbs/48_models.tempcnn.ipynb #c950946f
+STEP, FIRST, STEPS = 10, -30, 47 # days; the last step is centred on day 430, 5 November
 
 def clock() -> Float[Tensor, "D"]: # Centres of the steps, days since 1 September
     "The even clock of the season."
@@ -52,9 +52,9 @@ def _told(v, weight): # What the network sees of each step: the line, inside or 
     line, inside, far = filled(v, weight > 0)
     return torch.cat([line, torch.stack([inside.to(v), weight.clamp(max=3), far.clamp(max=9)/3], -1)], -1)
 
-# %% ../../nbs/48_models.tempcnn.ipynb #f3584c49
+# %% ../../nbs/48_models.tempcnn.ipynb #fcf03943
 def _pixels(x, days, pad, clear): # Pixels on the clock (N D C) and their weights (N D)
-    seen = counted(pad, clear)[:, :, None, None].expand(*x.shape[:2], *x.shape[3:])
+    agree(x, days, pad, clear); seen = counted(pad, clear)[:, :, None, None].expand(*x.shape[:2], *x.shape[3:])
     if clear is not None: # a pixel never clear takes what there is on dates that others saw
         seen = torch.where((seen & clear).any(1, keepdim=True), seen & clear, seen)
     mean, weight = laid(without_holes(x, clear), days, seen)
@@ -78,12 +78,13 @@ def _ask(net, told): # Log of the mean probability of passes that each lack some
     each = torch.stack([net.season(without(bands)).log_softmax(-1) for bands in net.withhold])
     return each.logsumexp(0) - log(len(net.withhold))
 
-# %% ../../nbs/48_models.tempcnn.ipynb #0bc45658
+# %% ../../nbs/48_models.tempcnn.ipynb #ca44d97a
 class TempCNN(nn.Module):
     "Classify every pixel by its own season: x (B T C H W), days, pad (B T), clear (B T H W) -> logits (B K H W)."
     def __init__(self,
         n_classes:int, # K
         n_bands:int=10, # C
+        *,
         width:int=64, # Features of each step
         spread:tuple=(1, 2, 4, 1), # Distance between the three taps of each convolution, steps of twenty days
         n_head:int=4, # Weighted means over the season
@@ -99,8 +100,7 @@ class TempCNN(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in spread)
         self.look = nn.Conv1d(width, n_head, 1)
         self.join = nn.Sequential(nn.Linear(n_head*width, 2*width), nn.ReLU(inplace=True), nn.Dropout(dropout))
-        self.head = nn.Linear(2*width, n_classes)
-        nn.init.zeros_(self.head.bias)
+        self.head = nn.Linear(2*width, n_classes); nn.init.zeros_(self.head.bias)
     def season(self, x:Float[Tensor, "N D C"]) -> Float[Tensor, "N K"]: # Pixels on the even clock
         h = self.enter(x.transpose(1, 2)) + self.place
         for conv, norm in zip(self.convs, self.norms): h = h + F.relu(norm(conv(h)))

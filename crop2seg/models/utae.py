@@ -124,7 +124,7 @@ def our_names(
         out[name] = value
     return out
 
-# %% ../../nbs/42_models.utae.ipynb #56909f75
+# %% ../../nbs/42_models.utae.ipynb #4dcf62e7
 def _empty(ours): # A net of the sizes that the arrays have
     n, size = 1 + max(int(k.split('.')[1]) for k in ours if k.startswith('down.')), lambda k, i=0: ours[k].shape[i]
     widths = [size('dates.1.0.weight'), *(size(f'down.{i}.first.0.weight') for i in range(n))]
@@ -132,25 +132,38 @@ def _empty(ours): # A net of the sizes that the arrays have
     attention = dict(n_head=size('season.query'), d_k=size('season.query', 2), d_model=size('season.inner.weight'))
     return UTAE(size('head.1.0.weight'), size('dates.0.0.weight', 1), widths=widths, decoder=decoder, **attention, compat=True)
 
+def _intact(path): # ValueError for an archive that is damaged, or that unpacks to more than it is
+    if not zipfile.is_zipfile(path): return
+    with zipfile.ZipFile(path) as z:
+        if any(m.compress_type != zipfile.ZIP_STORED for m in z.infolist()): raise ValueError('compressed')
+        if sum(m.file_size for m in z.infolist()) > Path(path).stat().st_size: raise ValueError('larger than the file')
+        if bad := z.testzip(): raise ValueError(f'{bad} is damaged')
+
+def _net_of(state): # The net that holds these arrays; ValueError for arrays that no U-TAE has
+    if any(v.numel() * v.element_size() > v.untyped_storage().nbytes() for v in state.values()): raise ValueError('larger than the file')
+    if odd := [k for k, v in state.items() if not (v.is_floating_point() or k.endswith('num_batches_tracked'))]: raise ValueError(f'{odd[0]} holds no real numbers')
+    if not all(v.isfinite().all() and (v.min() >= 0 or not k.endswith('running_var')) for k, v in state.items()): raise ValueError('not finite')
+    ours = our_names(state)
+    if len(ours) != sum(not k.endswith('fc1_k.bias') for k in state): raise ValueError('two arrays of one name')
+    with torch.device('meta'): wanted = {k: v.shape for k, v in _empty(ours).state_dict().items()} # costs no memory
+    if wanted != {k: v.shape for k, v in ours.items()}: raise ValueError('arrays that do not fit together')
+    net = _empty(ours)
+    net.load_state_dict(ours)
+    return net.eval()
+
+# %% ../../nbs/42_models.utae.ipynb #f718ebeb
 def load_utae_paps(
     path:str|Path, # model.pth.tar as published: a dict with `state_dict`
 ) -> UTAE: # In eval mode, called as every net
     "U-TAE with published weights, which answers as its ancestor; ValueError for a file that holds anything else."
     try:
-        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()): raise ValueError(f'{bad} is damaged')
+        _intact(path)
         held = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise
     except Exception as e: # whatever a file of other kinds makes the reader say
         raise ValueError(f'{path} holds more than arrays or is damaged, and was not opened; '
                          'download model.pth.tar of utae-paps again') from e
-    state = held.get('state_dict', held) if isinstance(held, dict) else None
     try:
-        if any(v.numel() * v.element_size() > v.untyped_storage().nbytes() for v in state.values()): raise ValueError('larger than the file')
-        if not all((v if v.is_floating_point() else v.double()).isfinite().all() for v in state.values()): raise ValueError('not finite')
-        ours = our_names(state)
-        if len(ours) != sum(not k.endswith('fc1_k.bias') for k in state): raise ValueError('two arrays of one name')
-        net = _empty(ours)
-        net.load_state_dict(ours)
+        return _net_of(held.get('state_dict', held))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f'{path} is no whole checkpoint of U-TAE; give its model.pth.tar, which holds a state_dict') from e
-    return net.eval()
