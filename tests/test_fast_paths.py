@@ -1,5 +1,5 @@
 "The fast way through the main nets against the plain one, the published weights against their own outputs, files of ONNX against their nets"
-import copy, os, pickle
+import copy, os, pickle, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, xarray as xr
 from crop2seg.bands import BANDS
@@ -140,6 +140,18 @@ def test_a_malicious_checkpoint_is_refused(tmp_path):
     for name in ('model.pth.tar', 'old.pth.tar'):
         with pytest.raises(ValueError, match='holds more than arrays or is damaged'): load_utae_paps(tmp_path/name)
     assert not Bomb.where.exists()
+
+@published
+def test_a_checkpoint_is_measured_before_it_is_built(tmp_path): # neither a packed one nor one whose sizes multiply
+    path = oracle/'model.pth.tar'
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path/'packed.pth.tar', 'w', zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist(): new.writestr(name, old.read(name))
+    with pytest.raises(ValueError, match='damaged'): load_utae_paps(tmp_path/'packed.pth.tar')
+    state = torch.load(path, weights_only=True)['state_dict']
+    for odd in (torch.ones(2**17, 1, 1, 1), -state['out_conv.conv.conv.1.running_var'], torch.ones(4).bool()):
+        name = 'out_conv.conv.conv.1.running_var' if odd.ndim == 1 else 'in_conv.conv.conv.3.weight'
+        torch.save({'state_dict': state | {name: odd}}, tmp_path/'odd.pth.tar')
+        with pytest.raises(ValueError, match='no whole checkpoint'): load_utae_paps(tmp_path/'odd.pth.tar')
 
 @pytest.mark.parametrize('cls', NETS)
 def test_a_file_of_onnx_is_its_net(cls, tmp_path):
