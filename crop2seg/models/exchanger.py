@@ -119,7 +119,7 @@ class Exchanger(_Whole):
         decoder:tuple=(32, 32, 64), # Its features on the way back, finest first
         dropout:float=0., # Share of numbers left out in training
         use_clear:bool=True, # Collect from clear dates only, where `clear` is given
-        recompute:bool=False, # Train with less memory and more time
+        recompute:bool=False, # Train with less memory and more work
     ):
         super().__init__(16384, use_clear, recompute)
         if n_rounds < 1: raise ValueError(f"n_rounds is {n_rounds}; the tokens must collect at least once")

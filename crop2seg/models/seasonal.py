@@ -115,7 +115,7 @@ class TokenNet(nn.Module):
     def __init__(self,
         held:int, # Tokens that are worked on at a time
         use_clear:bool=True, # Look at clear dates only, where `clear` is given
-        recompute:bool=False, # Train with less memory and more time
+        recompute:bool=False, # Train with less memory and more work
     ):
         super().__init__()
         self.held, self.use_clear, self.recompute = held, use_clear, recompute
